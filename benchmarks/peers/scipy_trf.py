@@ -1,0 +1,113 @@
+"""scipy.optimize.least_squares, method "trf", with closed-form derivatives.
+
+Variants: how the trust-region step is computed ("exact" is an SVD of the whole Jacobian, "lsmr"
+iterates), whether the Jacobian is a matrix or a LinearOperator (products at the price of one
+attention pass), and whether the variables are scaled by the columns of the Jacobian.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.peers.base import PlantedArrays, Recorder, Trace, flatten, unflatten
+from benchmarks.peers.derivatives import Evaluation
+
+PATIENCE = 100
+UNLIMITED = 10**9
+TOLERANCE = 1e-15  # the least that scipy accepts without a warning is 2.2e-16
+
+
+@dataclass(frozen=True)
+class ScipyTRF:
+    """`least_squares(method="trf")` with a given linear solver and form of the Jacobian."""
+
+    solver: str  # "exact" or "lsmr"
+    dense: bool
+    scale: str | float = 1.0  # x_scale: "jac" needs the dense form
+
+    @property
+    def name(self) -> str:
+        """Name in tables and files."""
+        form = "dense" if self.dense else "operator"
+        return f"scipy trf ({form}, {self.solver}{', scaled' if self.scale == 'jac' else ''})"
+
+    def solve(
+        self,
+        problem: PlantedArrays,
+        X0: Tensor,
+        Y0: Tensor,
+        max_seconds: float,
+        target_loss: float | None = None,
+    ) -> Trace:
+        """See `Method.solve`."""
+        from scipy.optimize import least_squares
+
+        recorder = Recorder(max_seconds, target_loss, PATIENCE)
+
+        def body() -> str:
+            system = _System(problem, recorder, self.dense)
+            result = least_squares(
+                system.residual,
+                flatten(X0, Y0).numpy(),
+                jac=system.jacobian,
+                method="trf",
+                tr_solver=self.solver,
+                x_scale=self.scale,
+                ftol=TOLERANCE,
+                xtol=TOLERANCE,
+                gtol=TOLERANCE,
+                max_nfev=UNLIMITED,
+            )
+            return str(result.message)
+
+        return recorder.run(body)
+
+
+class _System:
+    """Callbacks in numpy; the evaluation of the last residual serves the Jacobian there."""
+
+    def __init__(self, problem: PlantedArrays, recorder: Recorder, dense: bool) -> None:
+        self._problem, self._recorder = problem, recorder
+        self._vector = np.empty(0)
+        self._last: Evaluation | None = None
+        parameters = sum(rows * columns for rows, columns in problem.shapes)
+        size = (problem.B.numel(), parameters)
+        self._buffer = torch.empty(size, dtype=torch.float64) if dense else None
+        self._size = size
+
+    def residual(self, vector: np.ndarray) -> np.ndarray:
+        evaluation = self._evaluate(vector)
+        loss = float(evaluation.residual @ evaluation.residual)
+        self._recorder.record(loss, lambda: unflatten(self._problem, torch.from_numpy(vector)))
+        return evaluation.residual.numpy()
+
+    def jacobian(self, vector: np.ndarray) -> Any:
+        evaluation = self._evaluate(vector)
+        self._recorder.count_derivative()
+        if self._buffer is not None:
+            return evaluation.jacobian(self._buffer).numpy()
+        return self._operator(evaluation)
+
+    def _operator(self, evaluation: Evaluation) -> Any:
+        from scipy.sparse.linalg import LinearOperator
+
+        def product(vector: np.ndarray) -> np.ndarray:
+            self._recorder.count_derivative()
+            return evaluation.jvp(torch.from_numpy(np.ascontiguousarray(vector).ravel())).numpy()
+
+        def transposed(vector: np.ndarray) -> np.ndarray:
+            self._recorder.count_derivative()
+            return evaluation.vjp(torch.from_numpy(np.ascontiguousarray(vector).ravel())).numpy()
+
+        return LinearOperator(self._size, matvec=product, rmatvec=transposed, dtype=np.float64)
+
+    def _evaluate(self, vector: np.ndarray) -> Evaluation:
+        if self._last is None or not np.array_equal(vector, self._vector):
+            self._vector = vector.copy()
+            self._last = Evaluation(self._problem, torch.from_numpy(self._vector))
+        return self._last

@@ -1,0 +1,1 @@
+"""Curvature of the reduced objective: Kronecker estimates and dense assembly."""

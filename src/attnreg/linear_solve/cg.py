@@ -1,0 +1,99 @@
+"""Preconditioned conjugate gradients for the damped Newton system.
+
+Solves ``(H + damping I) d = -g`` from ``d = 0`` and stops when
+
+* the residual's norm in the metric of the inverse preconditioner is at most ``tolerance`` times
+  that of ``g`` (forcing, Dembo, Eisenstat and Steihaug 1982), or
+* a direction of non-positive curvature is met; it is handed back to the caller (Steihaug 1983).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Operator = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Solve:
+    """Result of one linear solve.
+
+    Attributes:
+        direction: ``d``, flat.
+        iterations: Products with the matrix that were spent.
+        model_change: ``g . d + d . H d / 2``: the model's change without the damping.
+        converged: Whether the residual test was met.
+        negative: A direction ``p`` with ``p . (H + damping I) p <= 0``, or None.
+        negative_curvature: ``p . H p`` of it (undamped), 0 where there is none.
+    """
+
+    direction: Tensor
+    iterations: int
+    model_change: float
+    converged: bool
+    negative: Tensor | None = None
+    negative_curvature: float = 0.0
+
+
+def conjugate_gradients(
+    product: Operator,
+    gradient: Tensor,
+    precondition: Operator,
+    damping: float,
+    tolerance: float,
+    max_iterations: int,
+) -> Solve:
+    """Solves ``(H + damping I) d = -gradient``.
+
+    Args:
+        product: ``v -> H v``.
+        gradient: ``g``, flat.
+        precondition: ``v -> P^{-1} v`` with ``P`` symmetric positive definite on the directions
+            it keeps.
+        damping: Non-negative multiple of the identity.
+        tolerance: Relative tolerance in ``(0, 1)``.
+        max_iterations: Bound on the products.
+
+    Returns:
+        The direction with its statistics.
+    """
+    direction = torch.zeros_like(gradient)
+    residual = -gradient
+    preconditioned = precondition(residual)
+    rz = _dot(residual, preconditioned)
+    target = tolerance**2 * rz
+    p = preconditioned.clone()
+    iterations, converged = 0, rz <= 0.0
+    while not converged and iterations < max_iterations:
+        hp = product(p)
+        iterations += 1
+        if damping:
+            hp.add_(p, alpha=damping)
+        curvature = _dot(p, hp)
+        if not curvature > 0.0:
+            negative = curvature - damping * _dot(p, p)
+            change = _model_change(gradient, direction, residual, damping)
+            return Solve(direction, iterations, change, False, p, negative)
+        alpha = rz / curvature
+        direction.add_(p, alpha=alpha)
+        residual.add_(hp, alpha=-alpha)
+        preconditioned = precondition(residual)
+        rz, previous = _dot(residual, preconditioned), rz
+        converged = rz <= target
+        p.mul_(rz / previous).add_(preconditioned)
+    change = _model_change(gradient, direction, residual, damping)
+    return Solve(direction, iterations, change, converged)
+
+
+def _model_change(gradient: Tensor, d: Tensor, residual: Tensor, damping: float) -> float:
+    """``g . d + d . H d / 2`` from ``residual = -g - (H + damping I) d``."""
+    slope = _dot(gradient, d)
+    return 0.5 * (slope - _dot(residual, d) - damping * _dot(d, d))
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return float(torch.dot(a, b))

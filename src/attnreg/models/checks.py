@@ -1,0 +1,49 @@
+"""One check for every set of named parameters that a caller hands in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from attnreg.problem import AttentionProblem
+
+
+def checked(
+    problem: AttentionProblem,
+    parameters: Mapping[str, Tensor],
+    shapes: Mapping[str, Sequence[int]],
+) -> list[Tensor]:
+    """Parameters in the order of ``shapes``, in the problem's dtype and on its device.
+
+    Args:
+        problem: Gives dtype and device.
+        parameters: Named tensors or NumPy arrays.
+        shapes: The names and shapes that are expected.
+
+    Returns:
+        One tensor per name.
+
+    Raises:
+        ValueError: If a name is missing or unknown, a shape differs, or a value is not finite.
+    """
+    unknown = sorted(set(parameters) - set(shapes))
+    missing = sorted(set(shapes) - set(parameters))
+    if unknown or missing:
+        raise ValueError(
+            f"parameters {sorted(parameters)} were given, {list(shapes)} are expected: "
+            f"missing {missing}, unknown {unknown}"
+        )
+    result = []
+    for name, shape in shapes.items():
+        value = torch.as_tensor(parameters[name]).detach()
+        if tuple(value.shape) != tuple(shape):
+            raise ValueError(
+                f"parameter {name} has shape {tuple(value.shape)}, {tuple(shape)} is expected"
+            )
+        value = value.to(device=problem.device, dtype=problem.dtype)
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"parameter {name} holds a value that is not finite")
+        result.append(value)
+    return result

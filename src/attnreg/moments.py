@@ -1,0 +1,58 @@
+"""Pooled second moments of inputs and targets, in float64 from float64 copies of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+_BLOCK = 1 << 16
+"""Rows that are copied at a time."""
+
+
+def gram(rows: Iterable[Tensor], weights: Iterable[Tensor] | None = None) -> Tensor:
+    """``sum A^T diag(w) A`` over matrices A.
+
+    Args:
+        rows: Matrices (..., d), at least one; leading dimensions are flattened.
+        weights: Weights (...) of their rows; ones if None.
+
+    Returns:
+        Gram matrix (d, d), float64.
+    """
+    total = torch.zeros(())
+    for a, w in (
+        zip(rows, weights, strict=True) if weights is not None else ((a, None) for a in rows)
+    ):
+        a = a.reshape(-1, a.shape[-1])
+        if total.ndim == 0:
+            total = a.new_zeros(a.shape[1], a.shape[1], dtype=torch.float64)
+        for start in range(0, len(a), _BLOCK):
+            part = a[start : start + _BLOCK].double()
+            scaled = part if w is None else part * w.reshape(-1, 1)[start : start + _BLOCK]
+            total.addmm_(part.mT, scaled)
+    return total
+
+
+def spread_and_size(targets: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[float, float]:
+    """``sum_j w_j ||b_j - mean||^2`` and ``sum_j w_j ||b_j||^2`` over all rows b_j.
+
+    The mean is weighted. The first is exactly 0 where the rows of positive weight are equal.
+
+    Args:
+        targets: Matrices of rows (n, d).
+        weights: Weights (n,) of their rows, not all 0.
+
+    Returns:
+        The two numbers.
+    """
+    pairs = list(zip(targets, weights, strict=True))
+    # The mean of equal numbers is rounded; deviations from one of them are not.
+    b, w = next((b, w) for b, w in pairs if bool(w.any()))
+    origin = b[w > 0][0].double()
+    total = sum(w.double().sum() for _, w in pairs)
+    mean = sum(w.double() @ (b.double() - origin) for b, w in pairs) / total
+    spread = sum(float(w.double() @ (b.double() - origin - mean).square().sum(1)) for b, w in pairs)
+    size = sum(float(w.double() @ b.double().square().sum(1)) for b, w in pairs)
+    return spread, size

@@ -1,0 +1,209 @@
+r"""The reduced objective: variable projection of the linear readout.
+
+With features ``F(theta)`` (constant column included where the readout has a bias), row weights
+``W``, and the ridges of the problem, the joint objective is::
+
+    V(theta, O) = ||F O - B||_W^2 + <O - O0, R (O - O0)> + damping ||O||^2 + ridge(theta)
+
+and the reduced one is its minimum over ``O``, reached where ``M O = F^T W B + R O0`` with
+``M = F^T W F + R + damping I`` (the constant row is not damped). ``damping`` belongs to the
+regularisation path of the solver and is 0 in the problem's own objective. At that ``O``, with
+the residual ``r = F O - B`` and ``O_F`` the readout without its constant row::
+
+    gradient       2 vjp(W r O_F^T) + ridge gradient
+    Gauss-Newton   2 vjp(W (dF O_F + F dO) O_F^T),       M dO = -F^T W dF O_F
+    Hessian        2 vjp(W (dr O_F^T + r dO_F^T)) + 2 vjp'[d](W r O_F^T),
+                   M dO = -(F^T W dF O_F + dF^T W r),    dr = dF O_F + F dO
+
+Both second-order products are Schur complements of the joint matrices (Golub and Pereyra 1973
+for the projection; the Gauss-Newton one is exact for the joint Gauss-Newton matrix, not
+Kaufman's approximation). No factor 1/2 anywhere.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from attnreg.kronecker import LeftFactor, apply_right, split_blocks
+from attnreg.models import Features, Model
+from attnreg.problem import AttentionProblem
+from attnreg.readout import NormalEquations
+
+
+class Objective:
+    """The reduced objective of a model on a problem.
+
+    Args:
+        problem: The data.
+        model: What is fitted.
+
+    Attributes:
+        layout: Sizes of the model on the problem.
+        targets: ``(rows, d_out)``, the rows of all batches, padding included.
+        weights: ``(rows, 1)``, or None where every row has weight 1.
+        left: Mean second moments of the inputs of the parameter blocks, decomposed.
+        passes: Attention passes of all points made so far.
+    """
+
+    def __init__(self, problem: AttentionProblem, model: Model) -> None:
+        self.problem, self.model = problem, model
+        self.layout = model.layout(problem)
+        self.ridge = model.ridge(problem)
+        self.left = [LeftFactor.of(m, problem.dtype) for m in model.input_moments(problem)]
+        self.targets = torch.cat([batch.B.flatten(0, 1) for batch in problem.batches])
+        weights = torch.cat([batch.weights.flatten() for batch in problem.batches])[:, None]
+        self.weights = None if bool((weights == 1).all()) else weights
+        self._points: list[Features] = []
+        self._passes = 0
+
+    @property
+    def passes(self) -> int:
+        """Attention passes of all features made so far."""
+        return self._passes + sum(features.passes for features in self._points)
+
+    def features(self, theta: Tensor) -> Features:
+        """Features at ``theta``, one attention pass."""
+        features = Features(self.problem, self.model, theta)
+        # Only the last two can still be in use: the current point and a trial.
+        while len(self._points) > 1:
+            self._passes += self._points.pop(0).passes
+        self._points.append(features)
+        return features
+
+    def weighted(self, rows: Tensor) -> Tensor:
+        """``W rows``; the same tensor where all weights are 1."""
+        return rows if self.weights is None else rows * self.weights
+
+
+class Point:
+    """The reduced objective and its derivatives at one ``theta``.
+
+    Args:
+        objective: What is minimised.
+        features: Features at ``theta``.
+        damping: Extra ridge ``damping ||O||^2`` of the regularisation path.
+
+    Attributes:
+        readout: ``(features [+ 1], d_out)``: the minimiser over ``O``.
+        residual: ``(rows, d_out)``, ``F O - B``.
+        loss: ``||F O - B||_W^2``, float64.
+        value: Loss plus ridges plus damping term: what the solver minimises.
+        rank: Rank of the normal equations of the readout.
+    """
+
+    def __init__(self, objective: Objective, features: Features, damping: float = 0.0) -> None:
+        self.objective, self.features, self.damping = objective, features, damping
+        self.theta = features.theta
+        columns = features.columns
+        self._left = objective.weighted(columns)  # W [F 1]
+        ridge = objective.ridge
+        width = objective.layout.features
+        self._normal = NormalEquations(
+            self._left, columns, None if ridge is None else ridge.readout, damping, width
+        )
+        center = None if ridge is None else ridge.readout_center
+        self.readout, self.residual = self._normal.solve(objective.targets, center)
+        self.rank = self._normal.rank
+        self.coupling = self.readout[:width]  # O_F
+        self.loss = _weighted_square(self.residual, objective.weights)
+        self.value = self.loss + self._ridge_value() + damping * _square(self.coupling)
+
+    # ------------------------------------------------------------------ first order
+
+    @cached_property
+    def cotangent(self) -> Tensor:
+        """``W r O_F^T``, ``(rows, features)``: half the gradient by the features."""
+        return self.objective.weighted(self.residual) @ self.coupling.mT
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        """Gradient by ``theta``, flat."""
+        gradient = self.features.vjp(self.cotangent).mul_(2.0)
+        if self.objective.ridge is not None:
+            self._add_ridge(self.theta - self.objective.ridge.center, gradient)
+        return gradient
+
+    # ------------------------------------------------------------------ second order
+
+    def gauss_newton(self, direction: Tensor) -> Tensor:
+        """Product of the reduced Gauss-Newton matrix with a flat direction."""
+        change = self.features.jvp(direction)  # dF
+        slope = self._left.mT @ change
+        readout_change = self._normal.apply_inverse(slope @ self.coupling).neg_()
+        cotangent = self.features.both @ self._mixing(readout_change)
+        return self._finish(direction, self.features.vjp(self._weigh(cotangent)))
+
+    def hessian(self, direction: Tensor) -> Tensor:
+        """Product of the reduced exact Hessian with a flat direction."""
+        change = self.features.jvp(direction)
+        slope = (self._left.mT @ change) @ self.coupling
+        weighted_residual = self.objective.weighted(self.residual)
+        slope[: change.shape[1]] += change.mT @ weighted_residual
+        readout_change = self._normal.apply_inverse(slope).neg_()
+        cotangent_change = self._weigh(self.features.both @ self._mixing(readout_change))
+        cotangent_change.addmm_(weighted_residual, readout_change[: self.coupling.shape[0]].mT)
+        product = self.features.vjp_derivative(direction, self.cotangent, cotangent_change)
+        return self._finish(direction, product)
+
+    def project_out(self, rows: Tensor) -> Tensor:
+        """``rows - W F M^{-1} F^T rows``: the part that no readout can take up.
+
+        For rows ``W^{1/2} u`` with independent unit entries of ``u`` the result has the second
+        moment ``W - W F M^{-1} F^T W`` of the reduced Gauss-Newton matrix (without ridge).
+        """
+        return rows - self._left @ self._normal.apply_inverse(self.features.columns.mT @ rows)
+
+    @property
+    def regularised(self) -> float:
+        """Loss plus the problem's ridges, without the path's damping."""
+        return self.value - self.damping * _square(self.coupling)
+
+    # ------------------------------------------------------------------ pieces
+
+    def _mixing(self, readout_change: Tensor) -> Tensor:
+        """Maps ``[F 1 | dF]`` to ``(dF O_F + F dO) O_F^T`` in one product."""
+        return torch.cat([readout_change, self.coupling]) @ self.coupling.mT
+
+    def _weigh(self, rows: Tensor) -> Tensor:
+        weights = self.objective.weights
+        return rows if weights is None else rows.mul_(weights)
+
+    def _finish(self, direction: Tensor, product: Tensor) -> Tensor:
+        product.mul_(2.0)
+        if self.objective.ridge is not None:
+            self._add_ridge(direction, product)
+        return product
+
+    def _add_ridge(self, direction: Tensor, out: Tensor) -> None:
+        ridge, objective = self.objective.ridge, self.objective
+        assert ridge is not None
+        matrices = split_blocks(direction, objective.layout.blocks)
+        targets = split_blocks(out, objective.layout.blocks)
+        for left, right, matrix, target in zip(
+            objective.left, ridge.right, matrices, targets, strict=True
+        ):
+            target.add_(apply_right(left.matrix @ matrix, right.to(matrix.dtype)), alpha=2.0)
+
+    def _ridge_value(self) -> float:
+        ridge = self.objective.ridge
+        if ridge is None:
+            return 0.0
+        distance = self.theta - ridge.center
+        doubled = torch.zeros_like(distance)
+        self._add_ridge(distance, doubled)
+        readout_distance = (self.readout - ridge.readout_center).double()
+        readout_part = (readout_distance * (ridge.readout @ readout_distance)).sum()
+        return 0.5 * float(distance.double() @ doubled.double()) + float(readout_part)
+
+
+def _square(matrix: Tensor) -> float:
+    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
+
+
+def _weighted_square(rows: Tensor, weights: Tensor | None) -> float:
+    if weights is None:
+        return _square(rows)
+    return float((weights.double() * rows.double().square()).sum())

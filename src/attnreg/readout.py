@@ -1,0 +1,108 @@
+"""The linear least-squares problem of the readout, solved once per point and reused.
+
+``M = F^T W F + R + damping I`` is assembled in float64 whatever the dtype of the features (the
+condition number of ``F`` enters squared) and scaled to unit diagonal. A Cholesky factorisation
+gives its inverse; where a pivot shows that ``M`` is singular to working precision, an
+eigendecomposition gives the minimum-norm solution instead, null directions are dropped, and
+``rank`` says so.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 16
+
+
+class NormalEquations:
+    """``M O = F^T W B + R O0``.
+
+    Args:
+        left: ``W F``, ``(rows, k)``.
+        columns: ``F``, ``(rows, k)``.
+        ridge: ``R``, float64 ``(k, k)``, or None.
+        damping: Added to the first ``damped`` diagonal entries.
+        damped: Number of columns that are damped; a constant column after them is not.
+
+    Attributes:
+        rank: Numerical rank of ``M``.
+    """
+
+    def __init__(
+        self, left: Tensor, columns: Tensor, ridge: Tensor | None, damping: float, damped: int
+    ) -> None:
+        self._left, self._columns, self._ridge = left, columns, ridge
+        self._damping, self._damped = damping, damped
+        matrix = gram64(left, columns)
+        if ridge is not None:
+            matrix += ridge
+        matrix.diagonal()[:damped] += damping
+        inverse, self.rank = scaled_inverse(matrix)
+        self._inverse64 = inverse
+        self._inverse = inverse.to(columns.dtype)
+
+    def apply_inverse(self, matrix: Tensor) -> Tensor:
+        """``M^{-1} matrix`` (on the directions kept)."""
+        return self._inverse @ matrix
+
+    def solve(self, targets: Tensor, center: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Readout and residual ``F O - B``.
+
+        In float64 one step of iterative refinement follows, so that the error is that of a
+        backward stable solver as long as the condition number of ``F`` stays below about 1e7.
+        """
+        right = gram64(self._left, targets)
+        if center is not None and self._ridge is not None:
+            right += self._ridge @ center.double()
+        readout = (self._inverse64 @ right).to(self._columns.dtype)
+        residual = torch.addmm(targets, self._columns, readout, beta=-1.0)
+        if self._columns.dtype == torch.float64:
+            slope = self._left.mT @ residual
+            if center is not None and self._ridge is not None:
+                slope += self._ridge @ (readout - center)
+            slope[: self._damped] += self._damping * readout[: self._damped]
+            step = self._inverse64 @ slope
+            readout -= step
+            residual.addmm_(self._columns, step, alpha=-1.0)
+        return readout, residual
+
+
+def gram64(left: Tensor, right: Tensor) -> Tensor:
+    """``left^T right`` accumulated in float64."""
+    if left.dtype == torch.float64:
+        return left.mT @ right
+    result = torch.zeros(
+        (left.shape[1], right.shape[1]), dtype=torch.float64, device=left.device
+    )
+    for i in range(0, left.shape[0], _CHUNK):
+        result.addmm_(left[i : i + _CHUNK].double().mT, right[i : i + _CHUNK].double())
+    return result
+
+
+def scaled_inverse(matrix: Tensor) -> tuple[Tensor, int]:
+    """Inverse (or pseudo-inverse) of a positive semi-definite matrix, and its rank.
+
+    The matrix is first scaled to unit diagonal; columns that are exactly zero are dropped.
+
+    Args:
+        matrix: Float64 ``(k, k)``.
+
+    Returns:
+        The symmetric inverse on the directions kept, and their number.
+    """
+    k = matrix.shape[0]
+    diagonal = matrix.diagonal().clamp_min(0.0).sqrt()
+    scale = torch.where(diagonal > 0, diagonal.reciprocal(), torch.zeros_like(diagonal))
+    scaled = scale[:, None] * matrix * scale
+    factor, info = torch.linalg.cholesky_ex(scaled)
+    floor = 8 * k * torch.finfo(torch.float64).eps
+    if int(info) == 0 and float(factor.diagonal().min()) ** 2 > floor:
+        inverse, rank = torch.cholesky_inverse(factor), k
+    else:
+        values, vectors = torch.linalg.eigh(scaled)
+        kept = values > floor * values[-1].clamp_min(torch.finfo(torch.float64).tiny)
+        rank = int(kept.sum())
+        basis = vectors[:, kept]
+        inverse = (basis / values[kept]) @ basis.mT
+    return scale[:, None] * inverse * scale, rank

@@ -1,0 +1,74 @@
+"""What the loop reports: a status that says what happened, and one record an iteration."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class Status(enum.Enum):
+    """Why a fit ended. ``text`` says the cause and what to try."""
+
+    CONVERGED = "converged"
+    MAX_ITERATIONS = "max_iterations"
+    MAX_SECONDS = "max_seconds"
+    STALLED = "stalled"
+    INTERRUPTED = "interrupted"
+    STOPPED = "stopped"
+
+    @property
+    def text(self) -> str:
+        """One sentence: the cause and what to try."""
+        return _TEXTS[self]
+
+
+_TEXTS = {
+    Status.CONVERGED: "the dual norm of the reduced gradient is within the tolerance",
+    Status.MAX_ITERATIONS: (
+        "the iteration limit was reached before the tolerance: raise max_iterations and continue "
+        "with init=result, or loosen tol"
+    ),
+    Status.MAX_SECONDS: (
+        "the time limit was reached before the tolerance: raise max_seconds and continue with "
+        "init=result, or loosen tol"
+    ),
+    Status.STALLED: (
+        "no step decreases the objective any further at this precision: the gradient is at the "
+        "level of rounding; use float64, or loosen tol"
+    ),
+    Status.INTERRUPTED: (
+        "interrupted from the keyboard: this is the best iterate so far; continue with init=result"
+    ),
+    Status.STOPPED: "the callback asked to stop: this is the best iterate so far",
+}
+
+
+@dataclass(frozen=True)
+class IterationRecord:
+    """One iteration of the loop, rejected steps included.
+
+    Attributes:
+        iteration: Counted from 0, the start.
+        seconds: Wall time since the fit began.
+        loss: ``L`` alone, without ridges, at the current iterate.
+        regularised: ``L`` plus the problem's ridges.
+        gradient_norm: Dual norm of the reduced gradient over ``||B - mean||_F^2``.
+        damping: Multiple of the identity added to the curvature of the step that led here.
+        path: Weight of the regularisation path on the readout; 0 at its end.
+        inner_iterations: Products of the linear solve of this iteration.
+        passes: Attention passes since the fit began.
+        phase: Curvature of the step: ``"start"``, ``"gauss-newton"`` or ``"newton"``.
+        accepted: Whether the step was taken.
+    """
+
+    iteration: int
+    seconds: float
+    loss: float
+    regularised: float
+    gradient_norm: float
+    damping: float
+    path: float
+    inner_iterations: int
+    passes: int
+    phase: str
+    accepted: bool

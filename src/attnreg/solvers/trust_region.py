@@ -1,0 +1,286 @@
+"""The one loop: a damped Newton method on the reduced objective.
+
+Each iteration solves ``(H + damping I) d = -g`` inexactly by preconditioned conjugate gradients
+and compares the change of the objective with the change that the quadratic model predicted
+(Levenberg 1944, Marquardt 1963, More 1978; inexact steps after Steihaug 1983). A rejected step
+is an iteration of the same loop.
+
+* **Curvature.** Gauss-Newton far from the solution, where the exact Hessian leads to saddle
+  points; the exact Hessian once the steps have become small, for its quadratic tail. A step
+  that meets negative curvature follows it, and if that does not pay, Gauss-Newton goes on for
+  a while (twice as long at each such return).
+* **Damping** is Euclidean, in units of the mean eigenvalue of the curvature, so that early
+  steps stay in the directions with variance. In the Newton phase it is scaled by the relative
+  gradient and vanishes at the solution (heuristic; the tail is quadratic because of it).
+* **Preconditioner and stopping test** live in the natural metric.
+* **Path.** Stages of an extra ridge on the readout; the next stage begins when a step of the
+  current one gains less than ``STAGE_GAIN`` of the objective.
+
+At the level of rounding the objective can no longer judge a step; there a step is taken when
+it lowers the norm of the gradient, and the loop ends when it does not.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from attnreg.curvature.preconditioner import BlockSolver, gauss_newton_estimate, natural_metric
+from attnreg.linear_solve.cg import Solve, conjugate_gradients
+from attnreg.objective import Objective, Point
+from attnreg.solvers.records import IterationRecord, Status
+
+STAGE_GAIN = 1e-2
+"""A stage of the path ends when a step gains less than this share of the objective."""
+
+NEWTON_GAIN = 3e-2
+"""The exact Hessian is tried once a step gains less than this share of the objective."""
+
+FORCING = 0.3
+"""Largest relative residual of a linear solve."""
+
+MAX_INNER = 200
+"""Largest number of products of a linear solve."""
+
+ACCEPT = 1e-4
+"""Smallest ratio of actual to predicted decrease at which a step is taken."""
+
+MIN_DAMPING, MAX_DAMPING = 1e-12, 1e12
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What bounds a run.
+
+    Attributes:
+        tol: Dual norm of the reduced gradient over ``||B - mean||_F^2`` at which it has converged.
+        max_iterations: Bound on the iterations, rejected steps included.
+        max_seconds: Bound on the wall time, or None.
+        stages: The path, largest first; the last is 0.
+        damping: First damping, in units of the mean eigenvalue of the curvature.
+        min_path_damping: Damping does not fall below this before the last stage.
+    """
+
+    tol: float
+    max_iterations: int
+    max_seconds: float | None
+    stages: tuple[float, ...]
+    damping: float = 1.0
+    min_path_damping: float = 1e-2
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where the loop ended and why."""
+
+    point: Point
+    gradient_norm: float
+    status: Status
+    metric_rank: int
+
+
+class TrustRegion:
+    """The state of one run of the loop.
+
+    Args:
+        objective: What is minimised.
+        theta: Flat start.
+        settings: What bounds the run.
+        generator: Source of the preconditioner's random signs.
+        observe: Called with each record; a true answer stops the run.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        theta: Tensor,
+        settings: Settings,
+        generator: torch.Generator,
+        observe: Callable[[IterationRecord], bool | None],
+    ) -> None:
+        self._objective, self._settings = objective, settings
+        self._generator, self._observe = generator, observe
+        self._began = time.perf_counter()
+        features = objective.features(theta)
+        columns = features.columns
+        power = float(torch.linalg.vector_norm(columns, dtype=torch.float64)) ** 2
+        self._unit = power / columns.shape[1]
+        self._stage = 0
+        self._point = Point(objective, features, settings.stages[0] * self._unit)
+        self._damping = settings.damping
+        self._gain = math.inf  # share of the objective that the last step gained
+        self._newton, self._newton_from, self._patience = False, 0, 2
+        self._estimate: BlockSolver | None = None
+        self._iteration = 0
+        self._norm, self._rank = self._measure(self._point)
+        self._first_norm = self._norm
+
+    def run(self) -> Outcome:
+        """Iterates until a bound is met, the test holds, or nothing helps any more."""
+        status = self._report("start", 0.0, 0, accepted=True)
+        try:
+            while status is None:
+                status = self._iterate()
+        except KeyboardInterrupt:
+            status = Status.INTERRUPTED
+        return Outcome(self._point, self._norm, status, self._rank)
+
+    # ------------------------------------------------------------------ one iteration
+
+    def _iterate(self) -> Status | None:
+        self._advance_path()
+        if self._final and self._norm <= self._settings.tol:
+            return Status.CONVERGED
+        self._choose_curvature()
+        point = self._point
+        if self._estimate is None:
+            self._estimate = gauss_newton_estimate(point, self._generator)
+        shift = self._damping * self._estimate.mean_eigenvalue
+        if self._newton:
+            shift *= min(1.0, self._norm / self._first_norm)
+        solve = self._solve(shift)
+        if solve.negative is not None:
+            solve = self._follow_negative_curvature(solve)
+        accepted, stalled = self._try(solve)
+        self._iteration += 1
+        phase = "newton" if self._newton else "gauss-newton"
+        if self._newton and (solve.negative is not None or not accepted):
+            self._leave_newton()
+        if stalled:
+            return Status.STALLED
+        return self._report(phase, shift, solve.iterations, accepted)
+
+    def _solve(self, shift: float) -> Solve:
+        point, estimate = self._point, self._estimate
+        assert estimate is not None
+        forcing = FORCING
+        if self._newton:
+            forcing = min(FORCING, math.sqrt(self._norm / self._first_norm))
+        product = point.hessian if self._newton else point.gauss_newton
+        floor = MIN_DAMPING * estimate.mean_eigenvalue
+        precondition = estimate.inverse(max(shift, floor))
+        return conjugate_gradients(
+            product, point.gradient, precondition, shift, forcing, MAX_INNER
+        )
+
+    def _follow_negative_curvature(self, solve: Solve) -> Solve:
+        """Extends a direction along negative curvature, as long as the direction itself."""
+        assert solve.negative is not None
+        p, gradient = solve.negative, self._point.gradient
+        norm = float(torch.linalg.vector_norm(p))
+        length = float(torch.linalg.vector_norm(solve.direction))
+        if norm == 0.0:
+            return solve
+        # CG's first direction has no step before it: fall back on the size of the parameters.
+        length = length or 1e-2 * float(torch.linalg.vector_norm(self._point.theta))
+        step = length / norm
+        slope = min(0.0, float(gradient @ p)) * step
+        change = solve.model_change + slope + 0.5 * step**2 * solve.negative_curvature
+        return replace(
+            solve, direction=solve.direction.add(p, alpha=step), model_change=change
+        )
+
+    def _try(self, solve: Solve) -> tuple[bool, bool]:
+        """Takes or rejects a step and updates the damping: accepted, stalled."""
+        point = self._point
+        rounding = 64 * torch.finfo(point.theta.dtype).eps * abs(point.value)
+        if not solve.model_change < 0.0:
+            self._damping = min(MAX_DAMPING, 4 * max(self._damping, MIN_DAMPING))
+            return False, self._damping >= MAX_DAMPING or not self._newton
+        trial = Point(
+            self._objective, self._objective.features(point.theta + solve.direction), point.damping
+        )
+        change = trial.value - point.value
+        ratio = change / solve.model_change if math.isfinite(change) else -1.0
+        if -solve.model_change <= rounding and self._final:
+            return self._polish(trial, change, rounding)
+        if ratio > 0.75:
+            factor = 3.0 if self._stage < len(self._settings.stages) - 1 else 10.0
+            self._damping = max(self._floor, self._damping / factor)
+        elif ratio < 0.25:
+            self._damping = min(MAX_DAMPING, 4 * max(self._damping, 1e-8))
+        if not ratio > ACCEPT:
+            return False, self._damping >= MAX_DAMPING
+        self._gain = -change / abs(point.value)
+        self._move(trial)
+        return True, False
+
+    def _polish(self, trial: Point, change: float, rounding: float) -> tuple[bool, bool]:
+        """At the level of rounding the gradient judges."""
+        if not change <= rounding:
+            return False, True
+        norm, _ = self._measure(trial)
+        if not norm < self._norm:
+            return False, True
+        self._gain = 0.0
+        self._move(trial)
+        return True, False
+
+    # ------------------------------------------------------------------ pieces
+
+    @property
+    def _final(self) -> bool:
+        return self._stage == len(self._settings.stages) - 1
+
+    @property
+    def _floor(self) -> float:
+        return MIN_DAMPING if self._final else self._settings.min_path_damping
+
+    def _advance_path(self) -> None:
+        if self._final or self._gain >= STAGE_GAIN:
+            return
+        self._stage += 1
+        damping = self._settings.stages[self._stage] * self._unit
+        self._move(Point(self._objective, self._point.features, damping))
+        self._gain = math.inf
+
+    def _choose_curvature(self) -> None:
+        if self._final and self._gain < NEWTON_GAIN and self._iteration >= self._newton_from:
+            self._newton = True
+
+    def _leave_newton(self) -> None:
+        self._newton = False
+        self._newton_from = self._iteration + self._patience
+        self._patience *= 2
+
+    def _move(self, point: Point) -> None:
+        self._point, self._estimate = point, None
+        self._norm, self._rank = self._measure(point)
+
+    def _measure(self, point: Point) -> tuple[float, int]:
+        """Relative dual norm of the gradient, and the rank of the metric."""
+        metric = natural_metric(point)
+        target = self._objective.target_norm_squared
+        return metric.dual_norm(point.gradient) / target, metric.rank
+
+    def _report(self, phase: str, shift: float, inner: int, accepted: bool) -> Status | None:
+        """Hands out a record; the status if a bound is met."""
+        settings, point = self._settings, self._point
+        seconds = time.perf_counter() - self._began
+        record = IterationRecord(
+            iteration=self._iteration,
+            seconds=seconds,
+            loss=point.loss,
+            regularised=point.regularised,
+            gradient_norm=self._norm,
+            damping=shift,
+            path=settings.stages[self._stage],
+            inner_iterations=inner,
+            passes=self._objective.passes,
+            phase=phase,
+            accepted=accepted,
+        )
+        if self._observe(record):
+            return Status.STOPPED
+        if self._final and self._norm <= settings.tol:
+            return Status.CONVERGED
+        if self._iteration >= settings.max_iterations:
+            return Status.MAX_ITERATIONS
+        if settings.max_seconds is not None and seconds >= settings.max_seconds:
+            return Status.MAX_SECONDS
+        return None
