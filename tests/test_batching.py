@@ -139,7 +139,9 @@ def test_long_causal_problem_takes_no_square_memory():
 
 def test_padding_alone_is_one_row_of_bias():
     lengths = (7, 8, 8)
-    problem = AttentionProblem([torch.ones(n, 3) for n in lengths], [torch.ones(n, 1) for n in lengths])
+    problem = AttentionProblem(
+        [torch.ones(n, 3) for n in lengths], [torch.ones(n, 1) for n in lengths]
+    )
     (batch,) = problem.batches
     assert batch.bias.shape == (3, 1, 8)
     assert batch.bias.isinf().sum() == 1

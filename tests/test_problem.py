@@ -1,8 +1,6 @@
 """What a problem holds, what it computes from it, and that files and copies keep all of it."""
 
 import math
-import pickle
-from functools import cached_property
 
 import numpy as np
 import pytest
@@ -257,13 +255,293 @@ def test_huge_negative_mask_values_are_not_forbidden():
 
 
 def test_grams_are_sums_over_the_sequences():
-    weights = [positive(n) for n in (5, 2, 5)]
+    sizes = ((5, 4), (2, 6), (5, 4))
+    queries = [normal(n, 3) for n, _ in sizes]
+    keys = [normal(m, 4, seed=2) for _, m in sizes]
+    values = [normal(m, 1, seed=3) for _, m in sizes]
+    weights = [positive(n) for n, _ in sizes]
     problem = cross(weights=weights)
-    queries, keys, values = (problem.unpadded(name) for name in ("A1", "A2", "A3"))
+    weighted = zip(queries, weights, strict=True)
+    expected = {
+        "gram_query": sum(a.T @ torch.diag(w) @ a for a, w in weighted),
+        "gram_key": sum(a.T @ a for a in keys),
+        "gram_value": sum(a.T @ a for a in values),
+        "gram_key_centered": sum((a - a.mean(0)).T @ (a - a.mean(0)) for a in keys),
+    }
+    for name, gram in expected.items():
+        torch.testing.assert_close(getattr(problem, name), gram, rtol=1e-13, atol=1e-13)
+
+
+def test_grams_of_float32_are_accumulated_in_float64():
+    a, b = normal(1000, 4, dtype=torch.float32) + 100, normal(1000, 1, dtype=torch.float32)
+    problem = AttentionProblem(a, b)
+    exact = a.double().T @ a.double()
+    torch.testing.assert_close(problem.gram_key, exact, rtol=1e-14, atol=0)
+    centered = a.double() - a.double().mean(0)
     torch.testing.assert_close(
-        problem.gram_query, sum(a.T @ torch.diag(w) @ a for a, w in zip(queries, weights))
+        problem.gram_key_centered, centered.T @ centered, rtol=1e-12, atol=1e-10
     )
-    torch.testing.assert_close(problem.gram_key, sum(a.T @ a for a in keys))
-    torch.testing.assert_close(problem.gram_value, sum(a.T @ a for a in values))
-    centered = [a - a.mean(0) for a in keys]
-    torch.testing.assert_close(problem.gram_key_centered, sum(a.T @ a for a in centered))
+    assert problem.gram_value is problem.gram_key
+
+
+def test_grams_over_blocks_of_rows(monkeypatch):
+    expected = cross(weights=[positive(n) for n in (5, 2, 5)]).gram_query
+    monkeypatch.setattr("attnreg.moments._BLOCK", 3)
+    found = cross(weights=[positive(n) for n in (5, 2, 5)]).gram_query
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)
+
+
+def test_weight_two_is_the_row_twice():
+    a, b, keys = normal(3, 2), normal(3, 4), normal(5, 2)
+    weights = torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64)
+    rows = [0, 0, 1]
+    weighted = AttentionProblem(a, b, keys, keys, weights=weights)
+    repeated = AttentionProblem(a[rows], b[rows], keys, keys)
+    torch.testing.assert_close(weighted.gram_query, repeated.gram_query, rtol=1e-14, atol=0)
+    assert math.isclose(weighted.target_norm_squared, repeated.target_norm_squared, rel_tol=1e-14)
+
+
+def test_target_norm_is_about_the_weighted_mean_over_all_rows():
+    b = [normal(n, 2) for n in (5, 2, 5, 7)]
+    weights = [positive(n) for n in (5, 2, 5, 7)]
+    rows, w = torch.cat(b), torch.cat(weights)[:, None]
+    mean = (w * rows).sum(0) / w.sum()
+    expected = float((w * (rows - mean) ** 2).sum())
+    problem = ragged(weights=weights)
+    assert math.isclose(problem.target_norm_squared, expected, rel_tol=1e-13)
+    assert math.isclose(problem.relative_error(4 * expected), 2.0, rel_tol=1e-13)
+    assert isinstance(problem.target_norm_squared, float)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [0.1, -1e-8, 1e4])
+def test_constant_target_is_measured_by_its_size(dtype, value):
+    b = torch.full((4, 7, 3), value, dtype=dtype)
+    problem = AttentionProblem(normal(4, 7, 2, dtype=dtype), b)
+    assert problem.target_norm_squared == 0.0
+    size = float(b.double().square().sum())
+    assert math.isclose(problem.relative_error(size), 1.0, rel_tol=1e-12)
+
+
+def test_target_that_is_constant_where_it_counts():
+    b = torch.tensor([[5.0], [0.1], [0.1], [0.1]], dtype=torch.float64)
+    weights = torch.tensor([0.0, 0.3, 0.7, 0.9], dtype=torch.float64)
+    assert AttentionProblem(normal(4, 2), b, weights=weights).target_norm_squared == 0.0
+
+
+def test_one_row_is_measured_by_its_size():
+    problem = AttentionProblem(normal(1, 2), torch.full((1, 1), 3.0, dtype=torch.float64))
+    assert problem.relative_error(9.0) == 1.0
+
+
+def test_zero_target_is_measured_by_one():
+    problem = AttentionProblem(normal(5, 2), torch.zeros(5, 2, dtype=torch.float64))
+    assert problem.relative_error(4.0) == 2.0
+    assert problem.relative_error(0.0) == 0.0
+
+
+def test_relative_error_of_a_loss_rounded_below_zero_and_of_nan():
+    assert single().relative_error(-1e-18) == 0.0
+    assert math.isnan(single().relative_error(math.nan))
+
+
+# -- other problems
+
+
+@pytest.mark.parametrize(
+    ("problem", "kind"), [(single(), "single"), (batch(), "batch"), (ragged(), "list")]
+)
+def test_unpad_restores_the_structure(problem, kind):
+    assert problem.structure == kind
+    found = problem.unpad([b.B for b in problem.batches])
+    if kind == "single":
+        assert torch.equal(found, normal(5, 2))
+    elif kind == "batch":
+        assert torch.equal(found, normal(4, 5, 2))
+    else:
+        assert all(map(torch.equal, found, [normal(n, 2) for n in (5, 2, 5, 7)]))
+
+
+def test_subset_of_all_is_the_same(problem):
+    assert_same(problem.subset(range(problem.n_sequences)), problem)
+
+
+def test_subset_of_a_list_takes_everything_along():
+    weights = [positive(n, seed=n) for n in (5, 2, 5)]
+    masks = [visible(n, m, seed=n) for n, m in ((5, 4), (2, 6), (5, 4))]
+    found = cross(weights=weights, mask=masks, **SETTINGS).subset([1, 0])
+    expected = AttentionProblem(
+        [normal(n, 3) for n in (2, 5)],
+        [normal(n, 2, seed=1) for n in (2, 5)],
+        [normal(m, 4, seed=2) for m in (6, 4)],
+        [normal(m, 1, seed=3) for m in (6, 4)],
+        weights=[weights[1], weights[0]],
+        mask=[masks[1], masks[0]],
+        **SETTINGS,
+    )
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize(
+    "indices",
+    [[2, 0], (2, 0), np.array([2, 0]), torch.tensor([2, 0]), iter([2, 0])],
+    ids=["list", "tuple", "numpy", "torch", "iterator"],
+)
+def test_subset_of_a_batch(indices):
+    expected = AttentionProblem(normal(4, 5, 3)[[2, 0]], normal(4, 5, 2)[[2, 0]])
+    assert_same(batch().subset(indices), expected)
+
+
+def test_subset_may_repeat_a_sequence():
+    assert batch().subset([1, 1]).gram_query.equal(2 * batch().subset([1]).gram_query)
+    assert single().subset([0, 0]).n_sequences == 2
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ([], "indices is empty; expected the position of at least one sequence"),
+        ([4], "indices holds 4; expected integers from 0 to 3"),
+        ([-1], "indices holds -1; expected integers from 0 to 3"),
+        ([0.5], "indices holds 0.5; expected integers"),
+        ([True, False], "indices holds True; expected integers"),
+        (np.array([True, False]), "indices holds .*True.*; expected integers"),
+        (torch.tensor([True, False]), "indices holds .*True.*; expected integers"),
+    ],
+)
+def test_subset_refuses(indices, message):
+    with pytest.raises(ValueError, match=message):
+        batch().subset(indices)
+
+
+def test_replace_changes_only_what_is_named():
+    assert_same(cross().replace(**SETTINGS), cross(**SETTINGS))
+    assert_same(ragged(**SETTINGS).replace(scale=None, ridge_x=0, ridge_y=0, center=None), ragged())
+    assert_same(batch().replace(mask="causal"), batch(mask="causal"))
+    with pytest.raises(ValueError, match="ridge_x is -1"):
+        single().replace(ridge_x=-1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'ridge'"):
+        single().replace(ridge=1)
+
+
+def test_to_casts_everything_and_back(problem):
+    narrow = problem.to(torch.float32)
+    assert narrow.dtype == torch.float32
+    assert all(value.dtype == torch.float32 for value in narrow.center.values())
+    for name in ("A1", "A2", "A3", "B", "weights", "bias"):
+        held = getattr(narrow.batches[0], name)
+        assert held is None or held.dtype == torch.float32
+    if problem.dtype == torch.float64:
+        assert narrow.digest() != problem.digest()
+    assert_same(narrow.to(torch.float64).to(torch.float32, "cpu"), narrow)
+
+
+def test_to_refuses_what_overflows():
+    big = AttentionProblem(normal(5, 3) * 1e300, normal(5, 2))
+    with pytest.raises(ValueError, match=r"A1 holds 15 non-finite value\(s\), the first -?inf"):
+        big.to(torch.float32)
+    with pytest.raises(ValueError, match="A1 has dtype float16; expected float32 or float64"):
+        single().to(torch.float16)
+
+
+# -- digests and files
+
+
+def test_digest_tells_every_part_apart():
+    problems = {
+        "plain": single(),
+        "queries": AttentionProblem(normal(5, 3, seed=1), normal(5, 2)),
+        "targets": AttentionProblem(normal(5, 3), normal(5, 2, seed=1)),
+        "keys": AttentionProblem(normal(5, 3), normal(5, 2), normal(5, 3, seed=1)),
+        "values": AttentionProblem(normal(5, 3), normal(5, 2), A3=normal(5, 3, seed=1)),
+        "dtype": single().to(torch.float32),
+        "batch of one": AttentionProblem(normal(5, 3)[None], normal(5, 2)[None]),
+        "causal": single(mask="causal"),
+        "mask": single(mask=visible(5, 5)),
+        "both": single(mask=("causal", visible(5, 5))),
+        "weights": single(weights=positive(5)),
+        "scale": single(scale=1.0),
+        "ridge_x": single(ridge_x=1e-9),
+        "ridge_y": single(ridge_y=1e-9),
+        "X0": single(center={"X": normal(3, 3)}),
+        "Y0": single(center={"Y": normal(3, 3)}),
+    }
+    assert len({problem.digest() for problem in problems.values()}) == len(problems)
+
+
+def test_digest_ignores_how_the_same_was_said():
+    ones = torch.ones(5, dtype=torch.float64)
+    mask = visible(5, 5)
+    assert single(weights=ones, center={}).digest() == single().digest()
+    assert batch(mask=mask).digest() == batch(mask=mask, weights=ones.expand(4, 5)).digest()
+
+
+def test_save_and_load_keep_everything(problem, tmp_path):
+    path = tmp_path / "problem.safetensors"
+    problem.save(path)
+    assert_same(AttentionProblem.load(path), problem)
+    assert_same(AttentionProblem.load(path, device="cpu"), problem)
+    assert read_tensors(path)[1]["digest"] == problem.digest()
+
+
+def test_saving_again_gives_the_same_bytes(problem, tmp_path):
+    problem.save(tmp_path / "one")
+    AttentionProblem.load(tmp_path / "one").save(tmp_path / "two")
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_file_stores_equal_inputs_once(tmp_path):
+    path = tmp_path / "problem.safetensors"
+    ragged().save(path)
+    assert set(read_tensors(path)[0]) == {"A1", "B"}
+    PROBLEMS["values are keys"]().save(path)
+    assert set(read_tensors(path)[0]) == {"A1", "A2", "B"}
+
+
+def test_bare_safetensors_file_is_a_problem(tmp_path):
+    path = tmp_path / "bare.safetensors"
+    tensors = {
+        "A1": normal(4, 5, 3),
+        "B": normal(4, 5, 2),
+        "A2": normal(4, 6, 2),
+        "A3": normal(4, 6, 1),
+        "mask": visible(5, 6),
+        "weights": normal(4, 5).abs(),
+    }
+    save_file(tensors, path)
+    assert_same(AttentionProblem.load(path), AttentionProblem(**tensors))
+    save_file({"A1": tensors["A1"], "B": tensors["B"]}, path, {"format": "pt"})
+    assert_same(AttentionProblem.load(path), batch())
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["A1"], "holds tensors A1; expected A1 and B"),
+        (["A1", "B", "X"], "holds tensors A1, B, X; expected A1 and B, and besides only A2"),
+        ([], "holds no tensors; expected A1 and B"),
+    ],
+)
+def test_bare_file_with_other_tensors_is_refused(tmp_path, names, told):
+    path = tmp_path / "bare.safetensors"
+    save_file({name: normal(5, 3) for name in names}, path)
+    with pytest.raises(ValueError, match=told) as caught:
+        AttentionProblem.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_file_of_another_kind_is_refused(tmp_path):
+    path = tmp_path / "fit.safetensors"
+    write_tensors(path, {"X": normal(3, 3)}, {"kind": "fit"})
+    with pytest.raises(ValueError, match=r"holds a fit; expected a problem: give the file that"):
+        AttentionProblem.load(path)
+
+
+def test_damaged_file_is_refused(tmp_path):
+    path = tmp_path / "problem.safetensors"
+    single(**SETTINGS).save(path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged"):
+        AttentionProblem.load(path)

@@ -208,7 +208,8 @@ def test_flipped_byte_of_the_data(path, old):
 
 
 @pytest.mark.parametrize(
-    "header", ["[]", "not json", "{}", '{"format_version": 1}', '{"format_version": 1, "digest": 0}']
+    "header",
+    ["[]", "not json", "{}", '{"format_version": 1}', '{"format_version": 1, "digest": 0}'],
 )
 def test_header_of_another_form(path, header):
     save_file({"a": torch.ones(1)}, path, {"attnreg": header})

@@ -8,7 +8,7 @@ from benchmarks.peers.minimize import TorchMinimize
 from benchmarks.peers.ours import Ours
 from benchmarks.peers.scipy_trf import ScipyTRF
 
-__all__ = ["OURS", "PEERS", "Method", "PlantedArrays", "Status", "Trace"]
+__all__ = ["MINIMA_PEERS", "OURS", "PEERS", "Method", "PlantedArrays", "Status", "Trace"]
 
 OURS: Method = Ours()
 PEERS: tuple[Method, ...] = (
@@ -24,4 +24,13 @@ PEERS: tuple[Method, ...] = (
     ScipyTRF("lsmr", dense=True, scale="jac"),
     ScipyTRF("exact", dense=True),
     *(Adam(rate) for rate in (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
+)
+
+MINIMA_PEERS: tuple[Method, ...] = (  # one of each kind, where only the final loss matters
+    LBFGS(30),
+    TorchMinimize("trust-ncg"),
+    TorchMinimize("newton-cg"),
+    LevenbergMarquardt("fletcher"),
+    ScipyTRF("lsmr", dense=True),
+    Adam(1e-2),
 )

@@ -1,1 +1,28 @@
-"""attnreg."""
+"""attnreg: the solver for attention regression.
+
+Reading order: a :class:`AttentionProblem` is inputs and outputs of an attention layer; a model
+(:class:`Bilinear`, the paper's ``X`` and ``Y``, or :class:`MultiHead`) says what is fitted;
+:func:`fit` minimises the objective and returns a :class:`FitResult` with its :class:`Status`
+and one :class:`IterationRecord` an iteration. The mathematics is in ``objective``, ``models``
+and ``curvature``; ``notation`` has the conventions.
+"""
+
+from attnreg.problem import AttentionProblem
+from attnreg.models import Bilinear, MultiHead, pool_kv_heads
+from attnreg.fitting import fit
+from attnreg.result import FitResult, predict
+from attnreg.solvers.records import IterationRecord, Status
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionProblem",
+    "Bilinear",
+    "MultiHead",
+    "pool_kv_heads",
+    "fit",
+    "FitResult",
+    "Status",
+    "IterationRecord",
+    "predict",
+]

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from attnreg.arrays import Arrays, as_sequences, as_tensor, check_like
+from attnreg.arrays import Arrays, as_sequences, as_tensor, check_like, dtype_name
 
 Mask = Arrays | Literal["causal"] | tuple[Literal["causal"], Arrays]
 """What may be given for a mask."""
@@ -90,6 +90,12 @@ def _additive(name: str, value: object, like: Tensor) -> Tensor:
     mask = as_tensor(name, value, like.device)
     if mask.dtype == torch.bool:
         return like.new_zeros(mask.shape).masked_fill_(~mask, -math.inf)
+    if not mask.dtype.is_floating_point:
+        raise ValueError(
+            f"{name} has dtype {dtype_name(mask.dtype)}; expected bool, "
+            f"{dtype_name(like.dtype)}, or 'causal': True where a row may attend, or -inf where "
+            "it may not"
+        )
     check_like(name, mask, like)
     if not bool((mask < math.inf).all()):
         raise ValueError(

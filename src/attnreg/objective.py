@@ -45,7 +45,7 @@ class Objective:
         targets: ``(rows, d_out)``, the rows of all batches, padding included.
         weights: ``(rows, 1)``, or None where every row has weight 1.
         left: Mean second moments of the inputs of the parameter blocks, decomposed.
-        passes: Attention passes of all points made so far.
+        target_norm_squared: ``||B - mean||_F^2``; 1 where that is 0.
     """
 
     def __init__(self, problem: AttentionProblem, model: Model) -> None:
@@ -56,6 +56,7 @@ class Objective:
         self.targets = torch.cat([batch.B.flatten(0, 1) for batch in problem.batches])
         weights = torch.cat([batch.weights.flatten() for batch in problem.batches])[:, None]
         self.weights = None if bool((weights == 1).all()) else weights
+        self.target_norm_squared = problem.target_norm_squared or 1.0
         self._points: list[Features] = []
         self._passes = 0
 

@@ -7,7 +7,6 @@ An input that is the same as another is not stored: ``"aliases"`` names the othe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,10 @@ from torch import Tensor
 
 from attnreg.arrays import Structure, join
 from attnreg.batching import Sequences
+
+_CENTER = "center."  # prefix of the centres' names in a file
+_INPUTS = ("A1", "B", "A2", "A3", "mask", "weights")
+_SETTINGS = ("scale", "ridge_x", "ridge_y")
 
 
 def as_arguments(structure: Structure, sequences: Sequences) -> dict[str, Any]:
@@ -33,34 +36,50 @@ def as_arguments(structure: Structure, sequences: Sequences) -> dict[str, Any]:
     a1 = join(structure, s.A1)
     a2 = a1 if s.A2 is s.A1 else join(structure, s.A2)
     a3 = a1 if s.A3 is s.A1 else a2 if s.A3 is s.A2 else join(structure, s.A3)
-    mask = None
-    if s.masks is not None:
-        mask = s.masks[0] if len(s.masks) == 1 else join(structure, s.masks)
     weighted = any(bool((w != 1).any()) for w in s.weights)
     return {
         "A1": a1,
         "B": join(structure, s.B),
         "A2": a2,
         "A3": a3,
-        "mask": _with_causal(s.causal, mask),
+        "mask": as_mask_argument(structure, s),
         "weights": join(structure, s.weights) if weighted else None,
     }
 
 
-def pack(structure: Structure, sequences: Sequences) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata for a file.
+def as_mask_argument(structure: Structure, sequences: Sequences) -> Any:
+    """The mask as ``AttentionProblem`` takes it.
 
     Args:
         structure: How the sequences were given.
         sequences: The sequences.
 
     Returns:
+        None, ``"causal"``, additive masks in the structure of the sequences or one for all, or
+        ``("causal", masks)``.
+    """
+    return _with_causal(sequences.causal, _join_masks(structure, sequences.masks))
+
+
+def pack(
+    structure: Structure,
+    sequences: Sequences,
+    center: Mapping[str, Tensor],
+    settings: Mapping[str, float | None],
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata for a file.
+
+    Args:
+        structure: How the sequences were given.
+        sequences: The sequences.
+        center: Centres of the regulariser by parameter name.
+        settings: scale, ridge_x and ridge_y.
+
+    Returns:
         The tensors by name, and JSON-able metadata.
     """
     inputs = as_arguments(structure, sequences)
-    mask = inputs["mask"]
-    if sequences.causal:
-        mask = None if mask == "causal" else mask[1]
+    mask = _join_masks(structure, sequences.masks)
     inputs["mask"] = [m.reshape(-1) for m in mask] if isinstance(mask, list) else mask
     aliases = {}
     for name, other in (("A3", "A2"), ("A2", "A1")):
@@ -72,39 +91,75 @@ def pack(structure: Structure, sequences: Sequences) -> tuple[dict[str, Tensor],
         for name, value in inputs.items()
         if value is not None
     }
-    lengths = [list(pair) for pair in sequences.lengths]
-    metadata = {"structure": structure, "lengths": lengths, "causal": sequences.causal}
-    return tensors, {**metadata, "aliases": aliases}
+    tensors |= {_CENTER + name: value for name, value in center.items()}
+    return tensors, {
+        "kind": "problem",
+        "structure": structure,
+        "lengths": [list(pair) for pair in sequences.lengths],
+        "causal": sequences.causal,
+        "aliases": aliases,
+        **settings,
+    }
 
 
 def unpack(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of ``AttentionProblem`` from what :func:`pack` gave.
+    """The arguments of ``AttentionProblem`` from the content of a file.
 
     Args:
-        tensors: The tensors by name; others are ignored.
-        metadata: The metadata; other entries are ignored.
+        tensors: The tensors by name.
+        metadata: The metadata that :func:`pack` gave, or nothing for a file of another program.
 
     Returns:
-        A1, B, A2, A3, mask and weights.
+        The arguments by name.
+
+    Raises:
+        ValueError: If the file holds something else.
     """
-    inputs: dict[str, Any] = {}
-    for name in ("A1", "B", "A2", "A3", "mask", "weights"):
-        inputs[name] = tensors.get(name)
+    if not metadata:
+        if not {"A1", "B"} <= set(tensors) <= set(_INPUTS):
+            raise ValueError(
+                f"holds tensors named {', '.join(sorted(tensors)) or 'nothing'}; expected A1 and "
+                "B, and besides only A2, A3, mask and weights"
+            )
+        return dict(tensors)
+    if metadata.get("kind") != "problem":
+        raise ValueError(
+            f"holds a {metadata.get('kind')}; expected a problem: give the file that "
+            "AttentionProblem.save wrote"
+        )
+    inputs: dict[str, Any] = {name: tensors.get(name) for name in _INPUTS}
     if metadata["structure"] == "list":
-        queries, keys = (list(sizes) for sizes in zip(*metadata["lengths"], strict=True))
-        sizes = {"A1": queries, "B": queries, "A2": keys, "A3": keys, "weights": queries}
-        for name, rows in sizes.items():
-            if inputs[name] is not None:
-                inputs[name] = list(inputs[name].split(rows))
-        if inputs["mask"] is not None and inputs["mask"].ndim == 1:
-            parts = inputs["mask"].split([math.prod(pair) for pair in metadata["lengths"]])
-            pairs = zip(parts, metadata["lengths"], strict=True)
-            inputs["mask"] = [part.view(n, m) for part, (n, m) in pairs]
+        _split(inputs, metadata["lengths"])
     for name in ("A2", "A3"):  # A2 first: A3 may be the same as A2
         if name in metadata["aliases"]:
             inputs[name] = inputs[metadata["aliases"][name]]
     inputs["mask"] = _with_causal(metadata["causal"], inputs["mask"])
-    return inputs
+    center = {
+        name.removeprefix(_CENTER): value
+        for name, value in tensors.items()
+        if name.startswith(_CENTER)
+    }
+    return {**inputs, **{name: metadata[name] for name in _SETTINGS}, "center": center}
+
+
+def _split(inputs: dict[str, Any], lengths: list[tuple[int, int]]) -> None:
+    """Cut what was laid end to end into sequences, in place."""
+    queries, keys = (list(sizes) for sizes in zip(*lengths, strict=True))
+    rows = {"A1": queries, "B": queries, "A2": keys, "A3": keys, "weights": queries}
+    for name, sizes in rows.items():
+        if inputs[name] is not None:
+            inputs[name] = list(inputs[name].split(sizes))
+    mask = inputs["mask"]
+    if mask is not None and mask.ndim == 1:  # a matrix holds for every sequence
+        parts = mask.split([n * m for n, m in lengths])
+        inputs["mask"] = [p.view(n, m) for p, (n, m) in zip(parts, lengths, strict=True)]
+
+
+def _join_masks(structure: Structure, masks: list[Tensor] | None) -> Tensor | list[Tensor] | None:
+    """Masks in the structure of the sequences, or the one for all."""
+    if masks is None:
+        return None
+    return masks[0] if len(masks) == 1 else join(structure, masks)
 
 
 def _with_causal(causal: bool, mask: Any) -> Any:

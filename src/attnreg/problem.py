@@ -32,14 +32,11 @@ from attnreg.arrays import Array, Arrays, Structure, as_number, dtype_name, join
 from attnreg.batching import Batch, Sequences, make_batches
 from attnreg.masks import Mask
 from attnreg.moments import gram, spread_and_size
-from attnreg.packing import as_arguments, pack, unpack
+from attnreg.packing import as_arguments, as_mask_argument, pack, unpack
 from attnreg.storage import content_digest, read_tensors, write_tensors
-from attnreg.validation import as_center, as_problem_sequences
+from attnreg.validation import as_center, as_device, as_problem_sequences
 
 __all__ = ["AttentionProblem", "Batch"]
-
-_CENTER = "center."  # prefix of the centres' names in a file
-_FOREIGN = {"A1", "B", "A2", "A3", "mask", "weights"}
 
 
 class AttentionProblem:
@@ -99,8 +96,7 @@ class AttentionProblem:
         center: Mapping[str, Array] | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        place = None if device is None else torch.device(device)
-        structure, given = as_problem_sequences(A1, B, A2, A3, mask, weights, place)
+        structure, given = as_problem_sequences(A1, B, A2, A3, mask, weights, as_device(device))
         batches, sequences = make_batches(given)
         self.__dict__.update(
             batches=batches,
@@ -190,6 +186,11 @@ class AttentionProblem:
         """Number of rows of B over all sequences."""
         return sum(queries for queries, _ in self.lengths)
 
+    @property
+    def mask(self) -> Mask | None:
+        """The mask as the constructor takes it, additive where it is not only ``"causal"``."""
+        return as_mask_argument(self.structure, self._sequences)
+
     # -- pooled second moments
 
     @cached_property
@@ -218,6 +219,11 @@ class AttentionProblem:
         """
         keys = (keys.double() for keys in self._sequences.A2)
         return gram(k - k.mean(0) for k in keys)
+
+    @cached_property
+    def total_weight(self) -> float:
+        """Sum of the weights of all rows of B, in float64."""
+        return sum(float(weights.double().sum()) for weights in self._sequences.weights)
 
     # -- errors
 
@@ -344,9 +350,7 @@ class AttentionProblem:
         return content_digest(*self._packed())
 
     def _packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors, metadata = pack(self.structure, self._sequences)
-        centers = {_CENTER + name: value for name, value in self.center.items()}
-        return {**tensors, **centers}, {"kind": "problem", **metadata, **self._settings}
+        return pack(self.structure, self._sequences, self.center, self._settings)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the problem to one safetensors file, atomically.
@@ -374,27 +378,10 @@ class AttentionProblem:
             ValueError: If the file cannot be read, is damaged, or holds something else.
         """
         tensors, metadata = read_tensors(path)
-        if not metadata:
-            names = set(tensors)
-            if not {"A1", "B"} <= names <= _FOREIGN:
-                raise ValueError(
-                    f"{os.fspath(path)} holds tensors {', '.join(sorted(names)) or 'of no name'}; "
-                    "expected A1 and B, and besides only A2, A3, mask and weights"
-                )
-            arguments: dict[str, Any] = dict(tensors)
-            return cls(**arguments, device=device)
-        if metadata["kind"] != "problem":
-            raise ValueError(
-                f"{os.fspath(path)} holds a {metadata['kind']}; expected a problem: give the "
-                "file that AttentionProblem.save wrote"
-            )
-        center = {
-            name.removeprefix(_CENTER): value
-            for name, value in tensors.items()
-            if name.startswith(_CENTER)
-        }
-        settings = {name: metadata[name] for name in ("scale", "ridge_x", "ridge_y")}
-        return cls(**unpack(tensors, metadata), **settings, center=center, device=device)
+        try:
+            return cls(**unpack(tensors, metadata), device=device)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
 
 
 def _cast(value: Any, dtype: torch.dtype | None) -> Any:

@@ -73,3 +73,124 @@ class FitResult:
             AttributeError: For other models.
         """
         return self._named("Y")
+
+    def predict(
+        self,
+        A1: AttentionProblem | Tensor | list[Tensor] | Any,
+        A2: Any = None,
+        A3: Any = None,
+        mask: Any = None,
+    ) -> Tensor | list[Tensor]:
+        """The layer's output on new inputs.
+
+        Args:
+            A1: Query inputs as :class:`AttentionProblem` takes them, or a problem.
+            A2: Key inputs; default ``A1``.
+            A3: Value inputs; default ``A1``.
+            mask: As :class:`AttentionProblem` takes it.
+
+        Returns:
+            ``(n, d_out)``, ``(b, n, d_out)`` or a list, as the inputs were given.
+
+        Raises:
+            ValueError: If the inputs do not fit the parameters.
+        """
+        if isinstance(A1, AttentionProblem):
+            return predict(self.model, self.parameters, A1)
+        d_out = self.parameters["W_O" if "W_O" in self.parameters else "Y"].shape[1]
+        targets = _zero_targets(A1, d_out)
+        problem = AttentionProblem(A1, targets, A2, A3, mask=mask, scale=self.scale)
+        return predict(self.model, self.parameters, problem)
+
+    def save(self, path: str | Path) -> None:
+        """Writes one safetensors file with its metadata; an old file stays until it is complete.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
+        metadata = {
+            "kind": "fit",
+            "model": {"name": type(self.model).__name__, **asdict(self.model)},  # type: ignore[call-overload]
+            "status": self.status.value,
+            "history": [asdict(record) for record in self.history],
+            "notes": list(self.notes),
+        }
+        metadata |= {name: getattr(self, name) for name in _PLAIN}
+        tensors = {name: value.cpu().contiguous() for name, value in self.parameters.items()}
+        write_tensors(path, tensors, metadata)
+
+    @staticmethod
+    def load(path: str | Path) -> FitResult:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            ValueError: If the file is missing, damaged, or no fit.
+        """
+        tensors, metadata = read_tensors(path)
+        if metadata.get("kind") != "fit":
+            kind = metadata.get("kind", "plain safetensors")
+            raise ValueError(f"{path} holds {kind!r}, a fit is expected: pass a file of save()")
+        sizes = dict(metadata["model"])
+        model = _MODELS[sizes.pop("name")](**sizes)
+        return FitResult(
+            parameters=tensors,
+            model=model,
+            status=Status(metadata["status"]),
+            history=tuple(IterationRecord(**record) for record in metadata["history"]),
+            notes=tuple(metadata["notes"]),
+            **{name: metadata[name] for name in _PLAIN},
+        )
+
+    def _named(self, name: str) -> Tensor:
+        if name not in self.parameters:
+            raise AttributeError(
+                f"a {type(self.model).__name__} fit has no {name}: its parameters are "
+                f"{list(self.parameters)}"
+            )
+        return self.parameters[name]
+
+
+def predict(
+    model: Model, parameters: Mapping[str, Tensor], problem: AttentionProblem
+) -> Tensor | list[Tensor]:
+    """Output of a layer on a problem's inputs.
+
+    Args:
+        model: The layer.
+        parameters: Its named parameters.
+        problem: Gives inputs, masks and scale; its targets are not used.
+
+    Returns:
+        One output per sequence, in the structure in which the problem was given.
+
+    Raises:
+        ValueError: If the parameters do not fit the model and the problem.
+    """
+    theta, readout = model.split(problem, parameters)
+    rows = Features(problem, model, theta, products=False).columns @ readout
+    shapes = [batch.B.shape for batch in problem.batches]
+    parts = rows.split([shape[0] * shape[1] for shape in shapes])
+    return problem.unpad([p.view(shape) for p, shape in zip(parts, shapes, strict=True)])
+
+
+_PLAIN = (
+    "loss",
+    "regularised_loss",
+    "relative_error",
+    "gradient_norm",
+    "tol",
+    "seed",
+    "scale",
+    "problem_digest",
+)
+_MODELS: dict[str, type[Bilinear] | type[MultiHead]] = {
+    "Bilinear": Bilinear,
+    "MultiHead": MultiHead,
+}
+
+
+def _zero_targets(inputs: Any, d_out: int) -> Tensor | list[Tensor]:
+    if isinstance(inputs, list | tuple):
+        return [_zero_targets(x, d_out) for x in inputs]  # type: ignore[misc]
+    tensor = torch.as_tensor(inputs)
+    return tensor.new_zeros((*tensor.shape[:-1], d_out))

@@ -25,8 +25,6 @@ def as_problem_sequences(
 ) -> tuple[Structure, Sequences]:
     """Split the inputs into sequences and check them against A1.
 
-    An input that is refused is a ValueError.
-
     Args:
         A1: Query inputs.
         B: Targets.
@@ -39,6 +37,9 @@ def as_problem_sequences(
     Returns:
         How the sequences were given, and the sequences; an input that equals A1, or A3 that
         equals A2, is the same list. Memory may be shared with the inputs.
+
+    Raises:
+        ValueError: If an input is refused.
     """
     structure, a1 = as_sequences("A1", A1, 2, partial(as_floats, device=device))
     like = a1[0]
@@ -60,7 +61,13 @@ def as_problem_sequences(
     _check_rows("B", b, "A1", a1)
     a2 = a1 if A2 is None else _merge(take("A2", A2), a1)
     a3 = a1 if A3 is None else _merge(_merge(take("A3", A3), a2), a1)
-    _check_rows("A3" if A3 is not None else "A1 (the default of A3)", a3, "A2", a2)
+    for queries, keys in zip(a1, a2, strict=True):
+        if A3 is None and len(queries) != len(keys):
+            raise ValueError(
+                f"A3 is not given, and A1 (its default) has {len(queries)} row(s) where A2 has "
+                f"{len(keys)}; give A3"
+            )
+    _check_rows("A3", a3, "A2", a2)
     w = [rows.new_ones(len(rows)) for rows in a1]
     if weights is not None:
         w = take("weights", weights, 1)
@@ -71,6 +78,26 @@ def as_problem_sequences(
     return structure, Sequences(a1, a2, a3, b, w, masks, causal)
 
 
+def as_device(device: torch.device | str | None) -> torch.device | None:
+    """A torch device, or None.
+
+    Args:
+        device: The device, its name, or None.
+
+    Returns:
+        The device, or None.
+
+    Raises:
+        ValueError: If torch knows no such device.
+    """
+    try:
+        return None if device is None else torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f"device is {device!r}; expected a torch device such as 'cpu' or 'cuda'"
+        ) from None
+
+
 def as_center(center: Mapping[str, Array] | None, like: Tensor) -> Mapping[str, Tensor]:
     """Copies of the parameters that the regulariser pulls towards; models check the shapes.
 
@@ -79,10 +106,22 @@ def as_center(center: Mapping[str, Array] | None, like: Tensor) -> Mapping[str, 
         like: A tensor whose dtype they must share; they are put on its device.
 
     Returns:
-        A mapping that cannot be changed. A tensor that is refused is a ValueError.
+        A mapping that cannot be changed.
+
+    Raises:
+        ValueError: If it is not such a mapping or a tensor is refused.
     """
+    if center is not None and not isinstance(center, Mapping):
+        raise ValueError(
+            f"center is of type {type(center).__name__}; expected a mapping from parameter names "
+            "to tensors"
+        )
     tensors = {}
     for name, value in (center or {}).items():
+        if not isinstance(name, str):
+            raise ValueError(
+                f"center has the name {name!r}; expected parameter names such as 'X' and 'Y'"
+            )
         tensor = as_floats(f"center[{name!r}]", value, like.device, like)
         tensors[name] = tensor.clone(memory_format=torch.contiguous_format)
     return MappingProxyType(tensors)

@@ -1,0 +1,265 @@
+"""Planted noisy problems: how soon a method is at the best minimum known, and which it finds.
+
+Two parts, both from the same small start for all methods (X0 = 0.01 randn, Y0 = 0):
+
+    speed    seconds until the loss is within 1e-8 of the initial loss of the best loss that any
+             method found; medians over repeats for attnreg and the two fastest peers
+    minima   final losses over seeds, in units of the noise floor: who found the better minimum
+
+A method that never comes within the tolerance has no time; the ratio is then only known to exceed
+budget / ours. Where methods end in different minima the first table alone would hide who is fast,
+so a second ratio compares both at the peer's own final loss.
+
+    python -m benchmarks.planted --quick
+    python -m benchmarks.planted --parts speed --decades 0 3 --seconds 120
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.common import (
+    RESULTS,
+    console,
+    machine,
+    median,
+    print_table,
+    show,
+    thin,
+    write_json,
+)
+from benchmarks.peers import MINIMA_PEERS, OURS, PEERS, Method, Trace
+from benchmarks.planted_problem import NOISE, ROWS, SEQUENCES, START_SCALE, WIDTH, Planted, planted
+
+TOLERANCE = 1e-8  # of the initial loss
+REPEATED_PEERS = 2
+DECADES = (0.0, 1.5, 3.0)
+QUICK_SIZE = {"sequences": 4, "rows": 48, "width": 8}
+
+
+# ---------------------------------------------------------------------- speed
+
+
+def speed_case(
+    instance: Planted, peers: Sequence[Method], seconds: float, repeats: int
+) -> dict[str, Any]:
+    """Runs all methods once, and attnreg and the fastest peers again, interleaved."""
+    tolerance = TOLERANCE * instance.initial_loss
+    traces = {method.name: _solve(method, instance, seconds) for method in (OURS, *peers)}
+    best = min(trace.loss for trace in traces.values())
+    target = best + tolerance
+    times = {name: [trace.seconds_to(target)] for name, trace in traces.items()}
+    reached = [method for method in peers if times[method.name][0] is not None]
+    reached.sort(key=lambda method: times[method.name][0] or 0.0)
+    again = [OURS, *reached[:REPEATED_PEERS]]
+    for _ in range(repeats - 1):
+        for method in again:
+            if times[method.name][0] is not None:
+                trace = _solve(method, instance, seconds, target)
+                times[method.name].append(trace.seconds_to(target))
+    rows = {
+        name: _speed_row(name, trace, traces[OURS.name], times, instance, seconds)
+        for name, trace in traces.items()
+    }
+    return {
+        "initial_loss": instance.initial_loss,
+        "noise_floor": instance.noise_floor,
+        "planted_loss": instance.planted_loss,
+        "best_loss": best,
+        "target_loss": target,
+        "methods": rows,
+    }
+
+
+def _speed_row(
+    name: str,
+    trace: Trace,
+    ours: Trace,
+    times: Mapping[str, list[float | None]],
+    instance: Planted,
+    seconds: float,
+) -> dict[str, Any]:
+    tolerance = TOLERANCE * instance.initial_loss
+    pairs = list(zip(times[name], times[OURS.name], strict=False))
+    ratios = [None if peer is None else peer / mine for peer, mine in pairs if mine is not None]
+    our_time = median(times[OURS.name])
+    at_own = trace.seconds_to(trace.loss + tolerance)
+    ours_there = ours.seconds_to(trace.loss + tolerance)
+    return {
+        "seconds": median(times[name]),
+        "seconds_repeats": times[name],
+        "ratio": median(ratios) if ratios else None,
+        "ratio_at_least": seconds / our_time if our_time and times[name][0] is None else None,
+        "seconds_to_own_final": at_own,
+        "ours_seconds_to_it": ours_there,
+        "ratio_at_own_final": at_own / ours_there if at_own and ours_there else None,
+        **_outcome(trace, instance),
+        "curve": thin(trace.seconds, trace.losses),
+    }
+
+
+def print_speed(case: str, content: Mapping[str, Any]) -> None:
+    """One row a method, the fastest first."""
+    rows = sorted(
+        content["methods"].items(),
+        key=lambda item: (item[1]["seconds"] is None, item[1]["seconds"], item[1]["loss"]),
+    )
+    lines = []
+    for name, row in rows:
+        bound = row["ratio_at_least"]
+        ratio = f"> {show(bound)}" if bound is not None else show(row["ratio"])
+        lines.append(
+            (
+                name,
+                show(row["seconds"]),
+                ratio,
+                f"{row['loss_over_floor']:.6f}",
+                show(row["seconds_to_own_final"]),
+                show(row["ours_seconds_to_it"]),
+                row["status"].lower(),
+            )
+        )
+    columns = ("method", "s to best", "/ ours", "final / floor", "s to own", "ours s to it", "end")
+    print_table(f"{case}: seconds to the best loss + 1e-8 initial", columns, lines)
+
+
+# ---------------------------------------------------------------------- minima
+
+
+def minima_case(instance: Planted, peers: Sequence[Method], seconds: float) -> dict[str, Any]:
+    """Final losses of all methods on one instance, and how attnreg's compares with the best."""
+    tolerance = TOLERANCE * instance.initial_loss
+    rows = {
+        method.name: _outcome(_solve(method, instance, seconds), instance)
+        for method in (OURS, *peers)
+    }
+    ours = rows[OURS.name]["loss"]
+    best_peer = min(row["loss"] for name, row in rows.items() if name != OURS.name)
+    better, worse = ours < best_peer - tolerance, ours > best_peer + tolerance
+    return {
+        "noise_floor": instance.noise_floor,
+        "initial_loss": instance.initial_loss,
+        "planted_loss": instance.planted_loss,
+        "ours_against_best_peer": "better" if better else "worse" if worse else "equal",
+        "methods": rows,
+    }
+
+
+def print_minima(name: str, cases: Mapping[str, Mapping[str, Any]]) -> None:
+    """One row a method, one column a seed."""
+    seeds = list(cases)
+    methods = list(next(iter(cases.values()))["methods"])
+    lines = []
+    for method in methods:
+        losses = [cases[seed]["methods"][method]["loss_over_floor"] for seed in seeds]
+        best = sum(
+            cases[seed]["methods"][method]["loss"]
+            <= min(row["loss"] for row in cases[seed]["methods"].values())
+            + TOLERANCE * cases[seed]["initial_loss"]
+            for seed in seeds
+        )
+        lines.append((method, f"{best}/{len(seeds)}", *(f"{loss:.4f}" for loss in losses)))
+    verdicts = [cases[seed]["ours_against_best_peer"] for seed in seeds]
+    lines.append(("attnreg against the best peer", "", *verdicts))
+    print_table(f"{name}: final loss / noise floor", ("method", "best", *seeds), lines)
+
+
+# ---------------------------------------------------------------------- common
+
+
+def _solve(method: Method, instance: Planted, seconds: float, target: float | None = None) -> Trace:
+    return method.solve(instance.arrays, instance.X0, instance.Y0, seconds, target)
+
+
+def _outcome(trace: Trace, instance: Planted) -> dict[str, Any]:
+    return {
+        "loss": trace.loss,
+        "loss_over_floor": trace.loss / instance.noise_floor,
+        "status": trace.status.name,
+        "note": trace.note,
+        "total_seconds": trace.total_seconds,
+        "evaluations": len(trace.losses),
+        "derivatives": trace.derivatives,
+    }
+
+
+def warm_up(methods: Sequence[Method]) -> None:
+    """Imports, compiles and starts threads outside the timed runs."""
+    instance = planted(0.0, 0, sequences=2, rows=16, width=4)
+    for method in methods:
+        _solve(method, instance, 0.5)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line; see the module's docstring."""
+    options = _options(arguments)
+    size = QUICK_SIZE if options.quick else {}
+    speed_peers, minima_peers = (
+        [peer for peer in peers if options.only is None or options.only in peer.name]
+        for peers in (PEERS, MINIMA_PEERS)
+    )
+    path = RESULTS / ("planted-quick.json" if options.quick else "planted.json")
+    content: dict[str, Any] = {
+        "machine": machine(),
+        "setting": {
+            "sequences": SEQUENCES, "rows": ROWS, "width": WIDTH, **size,
+            "noise": NOISE, "start_scale": START_SCALE, "tolerance": TOLERANCE,
+            "seconds": options.seconds, "minima_seconds": options.minima_seconds,
+            "repeats": options.repeats, "dtype": "float64",
+        },
+        "speed": {},
+        "minima": {},
+    }  # fmt: skip
+    warm_up((OURS, *speed_peers))
+    for logit_std in options.logit_std:
+        for decades in options.decades:
+            name = f"{decades:g} decades, logit std {logit_std:g}"
+            if "speed" in options.parts:
+                instance = planted(decades, options.first_seed, logit_std, **size)
+                case = speed_case(instance, speed_peers, options.seconds, options.repeats)
+                content["speed"][name] = case
+                print_speed(name, case)
+            if "minima" in options.parts:
+                cases: dict[str, Any] = {}
+                content["minima"][name] = cases
+                for seed in range(options.first_seed, options.first_seed + options.seeds):
+                    instance = planted(decades, seed, logit_std, **size)
+                    cases[f"seed {seed}"] = minima_case(
+                        instance, minima_peers, options.minima_seconds
+                    )
+                    console.print(f"[dim]{name}, seed {seed} done[/dim]")
+                print_minima(name, cases)
+            write_json(path, content)  # after each case: a long run may be interrupted
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.planted", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--quick", action="store_true", help="small problems, two minutes")
+    parser.add_argument("--parts", nargs="+", choices=("speed", "minima"))
+    parser.add_argument("--decades", nargs="+", type=float, default=list(DECADES))
+    parser.add_argument("--logit-std", nargs="+", type=float, default=[4.0])
+    parser.add_argument("--seeds", type=int, help="instances of the minima part (10)")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, help="budget of a run, speed part (120)")
+    parser.add_argument("--minima-seconds", type=float, help="budget of a run, minima part (60)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", help="only peers whose name contains this")
+    parser.add_argument("--threads", type=int, help="of torch")
+    options = parser.parse_args(arguments)
+    defaults = (2, 2.0, 2.0) if options.quick else (10, 120.0, 60.0)
+    for name, value in zip(("seeds", "seconds", "minima_seconds"), defaults, strict=True):
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    options.parts = options.parts or ["speed", "minima"]
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return options
+
+
+if __name__ == "__main__":
+    main()

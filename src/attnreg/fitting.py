@@ -1,0 +1,121 @@
+"""``fit``: from a problem and a model to a result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from attnreg.models import Bilinear, Model
+from attnreg.objective import Objective
+from attnreg.problem import AttentionProblem
+from attnreg.progress import ProgressDisplay
+from attnreg.result import FitResult
+from attnreg.solvers.path import stages_for
+from attnreg.solvers.records import IterationRecord
+from attnreg.solvers.trust_region import Outcome, Settings, TrustRegion
+
+Callback = Callable[[IterationRecord], bool | None]
+
+
+def fit(
+    problem: AttentionProblem,
+    model: Model | None = None,
+    *,
+    init: Mapping[str, Tensor] | FitResult | None = None,
+    tol: float = 1e-8,
+    max_iterations: int = 500,
+    max_seconds: float | None = None,
+    seed: int = 0,
+    progress: bool = False,
+    callback: Callback | None = None,
+) -> FitResult:
+    """Minimises ``L`` plus the problem's ridges over the parameters of a model.
+
+    Args:
+        problem: Inputs, outputs, mask, weights, scale and ridges.
+        model: What is fitted; default :class:`Bilinear`.
+        init: Named parameters to start from, or a result to continue. A start whose readout
+            (``Y``, or ``W_O`` and ``b_O``) is zero is led in by the regularisation path.
+        tol: The fit has converged when the dual norm of the reduced gradient in the natural
+            metric is at most ``tol * ||B - mean||_F^2``.
+        max_iterations: Bound on the iterations, rejected steps included.
+        max_seconds: Bound on the wall time, checked between iterations.
+        seed: Seed of the start without ``init`` and of the preconditioner's samples; the same
+            seed gives the same fit on the same machine with the same number of threads.
+        progress: Whether a live display is shown on the terminal.
+        callback: Called with every :class:`IterationRecord`; a true answer stops the fit.
+
+    Returns:
+        The result. Ctrl-C returns the best iterate so far with its status.
+
+    Raises:
+        ValueError: If an argument is out of range, or ``init`` does not fit the model.
+    """
+    model = Bilinear() if model is None else model
+    _check_bounds(tol, max_iterations, max_seconds)
+    if isinstance(init, FitResult):
+        if init.model != model:
+            raise ValueError(
+                f"init is a fit of {init.model}, the model is {model}: pass model=init.model"
+            )
+        init = init.parameters
+    template = model.start(problem, seed) if init is None else dict(init)
+    theta, readout = model.split(problem, template)
+    history: list[IterationRecord] = []
+    with ProgressDisplay(problem, tol, max_seconds, enabled=progress) as display:
+
+        def observe(record: IterationRecord) -> bool | None:
+            history.append(record)
+            display.update(record)
+            return callback(record) if callback is not None else None
+
+        objective = Objective(problem, model)
+        settings = Settings(tol, max_iterations, max_seconds, stages_for(readout))
+        generator = torch.Generator().manual_seed(seed)
+        outcome = TrustRegion(objective, theta, settings, generator, observe).run()
+    point = outcome.point
+    return FitResult(
+        parameters=model.join(problem, point.theta, point.readout, template),
+        model=model,
+        loss=point.loss,
+        regularised_loss=point.regularised,
+        relative_error=problem.relative_error(point.loss),
+        gradient_norm=outcome.gradient_norm,
+        tol=tol,
+        status=outcome.status,
+        history=tuple(history),
+        notes=_notes(objective, outcome),
+        seed=seed,
+        scale=problem.scale,
+        problem_digest=problem.digest(),
+    )
+
+
+def _check_bounds(tol: float, max_iterations: int, max_seconds: float | None) -> None:
+    if not (math.isfinite(tol) and tol > 0):
+        raise ValueError(f"tol={tol} was given, a positive number such as 1e-8 is expected")
+    if max_iterations < 0:
+        raise ValueError(f"max_iterations={max_iterations} was given, at least 0 is expected")
+    if max_seconds is not None and not max_seconds > 0:
+        raise ValueError(f"max_seconds={max_seconds} was given, a positive number is expected")
+
+
+def _notes(objective: Objective, outcome: Outcome) -> tuple[str, ...]:
+    """Null directions that were dropped, by block and in the readout."""
+    notes = []
+    for left, block in zip(objective.left, objective.layout.blocks, strict=True):
+        if left.nullity:
+            notes.append(
+                f"{left.nullity} of {block.rows} input directions of {block.name} carry no data: "
+                "the parameters were left as they were along them"
+            )
+    readout = outcome.point.readout
+    if outcome.point.rank < readout.shape[0]:
+        notes.append(
+            f"the features have rank {outcome.point.rank} of {readout.shape[0]}: the readout is "
+            "the minimum-norm solution (features scaled to equal size)"
+        )
+    return tuple(notes)

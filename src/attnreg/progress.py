@@ -1,0 +1,74 @@
+"""A live line on the terminal while a fit runs."""
+
+from __future__ import annotations
+
+import math
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from attnreg.problem import AttentionProblem
+from attnreg.solvers.records import IterationRecord
+
+
+class ProgressDisplay:
+    """Loss, error, gradient and time of a running fit, on standard error.
+
+    The bar is the share of the way, in powers of ten, from the first gradient norm to the
+    tolerance, or of the time limit where that is further along.
+
+    Args:
+        problem: Gives the relative error.
+        tol: Tolerance of the fit.
+        max_seconds: Time limit, or None.
+        enabled: Whether anything is shown.
+    """
+
+    def __init__(
+        self, problem: AttentionProblem, tol: float, max_seconds: float | None, *, enabled: bool
+    ) -> None:
+        self._problem, self._tol, self._max_seconds = problem, tol, max_seconds
+        self._first = 0.0
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not enabled,
+        )
+        self._task = self._progress.add_task("fit", total=1.0)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def update(self, record: IterationRecord) -> None:
+        """Shows one record."""
+        self._first = self._first or record.gradient_norm
+        error = self._problem.relative_error(record.loss)
+        text = (
+            f"{record.iteration:4d} {record.phase:12s} loss {record.loss:.6e}  "
+            f"error {error:.5f}  gradient {record.gradient_norm:.1e}"
+        )
+        self._progress.update(self._task, description=text, completed=self._share(record))
+
+    def _share(self, record: IterationRecord) -> float:
+        share = 0.0
+        if 0.0 < record.gradient_norm and self._first > self._tol:
+            way = math.log(self._first / self._tol)
+            share = math.log(self._first / record.gradient_norm) / way
+        if self._max_seconds is not None:
+            share = max(share, record.seconds / self._max_seconds)
+        return min(max(share, 0.0), 1.0)
