@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ PACKAGES = (
     "pytorch-minimize",
     "torch-levenberg-marquardt",
 )
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 120)
 
 
 class Clock:

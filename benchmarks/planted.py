@@ -239,9 +239,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.planted", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--quick", action="store_true", help="small problems, two minutes")
+    parser.add_argument("--quick", action="store_true", help="small problems, one minute")
     parser.add_argument("--parts", nargs="+", choices=("speed", "minima"))
-    parser.add_argument("--decades", nargs="+", type=float, default=list(DECADES))
+    parser.add_argument("--decades", nargs="+", type=float, help="of the inputs (0 1.5 3)")
     parser.add_argument("--logit-std", nargs="+", type=float, default=[4.0])
     parser.add_argument("--seeds", type=int, help="instances of the minima part (10)")
     parser.add_argument("--first-seed", type=int, default=0)
@@ -251,8 +251,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", help="only peers whose name contains this")
     parser.add_argument("--threads", type=int, help="of torch")
     options = parser.parse_args(arguments)
-    defaults = (2, 2.0, 2.0) if options.quick else (10, 120.0, 60.0)
-    for name, value in zip(("seeds", "seconds", "minima_seconds"), defaults, strict=True):
+    defaults = {"seeds": 10, "seconds": 120.0, "minima_seconds": 60.0, "decades": list(DECADES)}
+    if options.quick:
+        defaults = {"seeds": 2, "seconds": 1.0, "minima_seconds": 1.0, "decades": [0.0, 3.0]}
+    for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     options.parts = options.parts or ["speed", "minima"]

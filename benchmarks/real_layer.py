@@ -44,6 +44,7 @@ HISTORIES = (10, 30, 100)
 FINALISTS = {"Adam": 3, "L-BFGS": 1}
 MAX_ITERATIONS = 10**6
 Peer = LayerAdam | LayerLBFGS
+Errors = dict[str, dict[str, float | None]]
 
 
 def solve_ours(layer: Layer, seconds: float, target: float = 0.0) -> LayerTrace:
@@ -77,14 +78,16 @@ def solve_ours(layer: Layer, seconds: float, target: float = 0.0) -> LayerTrace:
     return trace
 
 
-def tune(peers: Sequence[Peer], layer: Layer, seconds: float, keep: int) -> tuple[list[Peer], dict]:
+def tune(
+    peers: Sequence[Peer], layer: Layer, seconds: float, keep: int
+) -> tuple[list[Peer], Errors]:
     """The `keep` best settings after a short run each, and the errors of all."""
-    errors = {}
+    errors: Errors = {}
     for peer in peers:
         trace = peer.solve(layer, seconds)
         errors[peer.name] = {"train": trace.train[-1], "held_out": trace.held_out[-1]}
         console.print(f"[dim]{peer.name}: {trace.train[-1]:.4f} after {seconds:g} s[/dim]")
-    ranked = sorted(peers, key=lambda peer: errors[peer.name]["train"])
+    ranked = sorted(peers, key=lambda peer: errors[peer.name]["train"] or 0.0)
     return ranked[:keep], errors
 
 
@@ -103,13 +106,13 @@ def compare(layer: Layer, content: dict[str, Any], options: argparse.Namespace) 
     for family, peers in grid.items():
         kept, content["first_pass"][family] = tune(peers, layer, first, FINALISTS[family])
         for peer in kept:
-            run = peer.solve(layer, options.seconds).summary()
+            run = peer.solve(layer, options.seconds).summary(options.seconds)
             content["runs"][peer.name] = run
             targets[family] = min(targets.get(family, run["train"]), run["train"])
         options.save()
     content["targets"] = targets
     full = solve_ours(layer, options.seconds)
-    content["runs"]["attnreg"] = full.summary()
+    content["runs"]["attnreg"] = full.summary(options.seconds)
     options.save()
     for family, target in targets.items():
         times = [full.seconds_to(target)]
@@ -137,7 +140,9 @@ def print_results(content: dict[str, Any], seconds: float) -> None:
         for name, run in [*runs, ("start (mean-pooled)", {**content["start"], "seconds": None})]
     ]
     print_table(
-        f"Relative error after {seconds:g} s", ("method", "training", "held out", "seconds"), rows
+        f"Relative error after {seconds:g} s",
+        ("method", "training", "held out, end", "end, s"),
+        rows,
     )
     lines = [
         (

@@ -1,113 +1,29 @@
-"""What a problem holds, what it computes from it, and that files and copies keep all of it."""
+"""What a problem holds, what it computes from it, and that copies keep all of it."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from attnreg.problem import AttentionProblem, Batch
-from attnreg.storage import read_tensors, write_tensors
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(hash((shape, seed)) % 2**31)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def single(**options):
-    return AttentionProblem(normal(5, 3), normal(5, 2), **options)
-
-
-def batch(**options):
-    return AttentionProblem(normal(4, 5, 3), normal(4, 5, 2), **options)
-
-
-def ragged(**options):
-    return AttentionProblem(
-        [normal(n, 3) for n in (5, 2, 5, 7)], [normal(n, 2) for n in (5, 2, 5, 7)], **options
-    )
-
-
-def cross(**options):
-    sizes = ((5, 4), (2, 6), (5, 4))
-    return AttentionProblem(
-        [normal(n, 3) for n, _ in sizes],
-        [normal(n, 2, seed=1) for n, _ in sizes],
-        [normal(m, 4, seed=2) for _, m in sizes],
-        [normal(m, 1, seed=3) for _, m in sizes],
-        **options,
-    )
-
-
-def visible(n, m, seed=0):
-    mask = normal(n, m, seed=seed) > 0
-    mask[:, 0] = True
-    return mask
-
-
-def positive(n, seed=0):
-    return normal(n, seed=seed).abs()
-
-
-SETTINGS = {
-    "scale": 0.3,
-    "ridge_x": 1e-3,
-    "ridge_y": 1e-300,
-    "center": {"X": normal(3, 3), "Y": normal(3, 2)},
-}
-PROBLEMS = {
-    "single": lambda: single(),
-    "settings": lambda: single(**SETTINGS),
-    "causal": lambda: single(mask="causal"),
-    "float32": lambda: single().to(torch.float32),
-    "one row": lambda: AttentionProblem(normal(1, 1), normal(1, 1)),
-    "batch": lambda: batch(weights=normal(4, 5).abs(), **SETTINGS),
-    "batch, one mask": lambda: batch(mask=visible(5, 5)),
-    "batch, masks": lambda: batch(mask=torch.stack([visible(5, 5, seed=i) for i in range(4)])),
-    "batch of one": lambda: AttentionProblem(normal(1, 5, 3), normal(1, 5, 2)),
-    "list": lambda: ragged(**SETTINGS),
-    "list of one": lambda: AttentionProblem([normal(5, 3)], [normal(5, 2)], mask="causal"),
-    "list, weights": lambda: ragged(weights=[positive(n) for n in (5, 2, 5, 7)]),
-    "list, causal and masks": lambda: ragged(
-        mask=("causal", [visible(n, n) for n in (5, 2, 5, 7)])
-    ),
-    "equal list, one mask": lambda: AttentionProblem(
-        [normal(5, 3)] * 3, [normal(5, 2)] * 3, mask=visible(5, 5)
-    ),
-    "cross": lambda: cross(**SETTINGS),
-    "cross, additive masks": lambda: cross(
-        mask=[normal(n, m) for n, m in ((5, 4), (2, 6), (5, 4))]
-    ),
-    "values are keys": lambda: AttentionProblem(
-        normal(5, 3), normal(5, 2), normal(4, 6), normal(4, 6)
-    ),
-    "values are queries": lambda: AttentionProblem(normal(5, 3), normal(5, 2), normal(5, 6)),
-}
+from tests.problems import (
+    PROBLEMS,
+    SETTINGS,
+    assert_same,
+    batch,
+    cross,
+    normal,
+    positive,
+    ragged,
+    single,
+    visible,
+)
 
 
 @pytest.fixture(params=PROBLEMS, name="problem")
 def any_problem(request):
     return PROBLEMS[request.param]()
-
-
-def assert_same(found, expected):
-    """Equal in everything but the device, batches included."""
-    for name in ("scale", "ridge_x", "ridge_y", "structure", "lengths", "dtype", "causal"):
-        assert getattr(found, name) == getattr(expected, name), name
-    assert found.self_attention == expected.self_attention
-    assert found.center.keys() == expected.center.keys()
-    assert all(torch.equal(found.center[name], expected.center[name]) for name in found.center)
-    assert len(found.batches) == len(expected.batches)
-    for one, other in zip(found.batches, expected.batches, strict=True):
-        assert (one.index, one.lengths, one.causal) == (other.index, other.lengths, other.causal)
-        assert (one.A3 is one.A2) == (other.A3 is other.A2)
-        assert (one.bias is None) == (other.bias is None)
-        for name in ("A1", "A2", "A3", "B", "weights", "bias"):
-            if getattr(one, name) is not None:
-                assert torch.equal(getattr(one, name), getattr(other, name)), name
-    assert found.digest() == expected.digest()
 
 
 # -- what is held
@@ -251,6 +167,18 @@ def test_huge_negative_mask_values_are_not_forbidden():
     assert (bias == lowest).all()
 
 
+def test_mask_is_given_back_as_an_argument(problem):
+    assert_same(problem.replace(mask=problem.mask), problem)
+
+
+def test_mask_without_arrays_is_given_back_as_it_was():
+    assert single().mask is None
+    assert single(mask="causal").mask == "causal"
+    word, array = single(mask=("causal", visible(5, 5))).mask
+    assert word == "causal"
+    assert torch.equal(array == 0, visible(5, 5))
+
+
 # -- pooled second moments and errors
 
 
@@ -297,8 +225,26 @@ def test_weight_two_is_the_row_twice():
     rows = [0, 0, 1]
     weighted = AttentionProblem(a, b, keys, keys, weights=weights)
     repeated = AttentionProblem(a[rows], b[rows], keys, keys)
+    assert weighted.total_weight == repeated.total_weight == 3.0
+    assert torch.equal(weighted.gram_key, repeated.gram_key)
     torch.testing.assert_close(weighted.gram_query, repeated.gram_query, rtol=1e-14, atol=0)
     assert math.isclose(weighted.target_norm_squared, repeated.target_norm_squared, rel_tol=1e-14)
+
+
+def test_total_weight(problem):
+    expected = sum(float(batch.weights.double().sum()) for batch in problem.batches)
+    assert math.isclose(problem.total_weight, expected, rel_tol=1e-14)
+    assert type(problem.total_weight) is float
+
+
+def test_total_weight_without_weights_is_the_number_of_rows():
+    assert cross().total_weight == cross().n_rows == 12
+
+
+def test_total_weight_of_float32_is_summed_in_float64():
+    weights = torch.full((1 << 20,), 0.1)
+    problem = AttentionProblem(torch.ones(1 << 20, 1), torch.ones(1 << 20, 1), weights=weights)
+    assert math.isclose(problem.total_weight, (1 << 20) * float(weights[0]), rel_tol=1e-12)
 
 
 def test_target_norm_is_about_the_weighted_mean_over_all_rows():
@@ -393,8 +339,21 @@ def test_subset_of_a_batch(indices):
 
 
 def test_subset_may_repeat_a_sequence():
-    assert batch().subset([1, 1]).gram_query.equal(2 * batch().subset([1]).gram_query)
+    once, twice = batch().subset([1]), batch().subset([1, 1])
+    torch.testing.assert_close(twice.gram_query, 2 * once.gram_query, rtol=1e-14, atol=1e-14)
     assert single().subset([0, 0]).n_sequences == 2
+
+
+def test_subset_and_replace_hold_copies():
+    problem = batch()
+    for other in (problem.subset([0]), problem.replace(), problem.to(torch.float64)):
+        other.batches[0].A1.zero_()
+    assert torch.equal(problem.batches[0].A1, normal(4, 5, 3))
+
+
+def test_unpad_needs_a_tensor_for_each_batch():
+    with pytest.raises(ValueError, match="zip"):
+        ragged().unpad([])
 
 
 @pytest.mark.parametrize(
@@ -442,106 +401,3 @@ def test_to_refuses_what_overflows():
         big.to(torch.float32)
     with pytest.raises(ValueError, match="A1 has dtype float16; expected float32 or float64"):
         single().to(torch.float16)
-
-
-# -- digests and files
-
-
-def test_digest_tells_every_part_apart():
-    problems = {
-        "plain": single(),
-        "queries": AttentionProblem(normal(5, 3, seed=1), normal(5, 2)),
-        "targets": AttentionProblem(normal(5, 3), normal(5, 2, seed=1)),
-        "keys": AttentionProblem(normal(5, 3), normal(5, 2), normal(5, 3, seed=1)),
-        "values": AttentionProblem(normal(5, 3), normal(5, 2), A3=normal(5, 3, seed=1)),
-        "dtype": single().to(torch.float32),
-        "batch of one": AttentionProblem(normal(5, 3)[None], normal(5, 2)[None]),
-        "causal": single(mask="causal"),
-        "mask": single(mask=visible(5, 5)),
-        "both": single(mask=("causal", visible(5, 5))),
-        "weights": single(weights=positive(5)),
-        "scale": single(scale=1.0),
-        "ridge_x": single(ridge_x=1e-9),
-        "ridge_y": single(ridge_y=1e-9),
-        "X0": single(center={"X": normal(3, 3)}),
-        "Y0": single(center={"Y": normal(3, 3)}),
-    }
-    assert len({problem.digest() for problem in problems.values()}) == len(problems)
-
-
-def test_digest_ignores_how_the_same_was_said():
-    ones = torch.ones(5, dtype=torch.float64)
-    mask = visible(5, 5)
-    assert single(weights=ones, center={}).digest() == single().digest()
-    assert batch(mask=mask).digest() == batch(mask=mask, weights=ones.expand(4, 5)).digest()
-
-
-def test_save_and_load_keep_everything(problem, tmp_path):
-    path = tmp_path / "problem.safetensors"
-    problem.save(path)
-    assert_same(AttentionProblem.load(path), problem)
-    assert_same(AttentionProblem.load(path, device="cpu"), problem)
-    assert read_tensors(path)[1]["digest"] == problem.digest()
-
-
-def test_saving_again_gives_the_same_bytes(problem, tmp_path):
-    problem.save(tmp_path / "one")
-    AttentionProblem.load(tmp_path / "one").save(tmp_path / "two")
-    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-
-
-def test_file_stores_equal_inputs_once(tmp_path):
-    path = tmp_path / "problem.safetensors"
-    ragged().save(path)
-    assert set(read_tensors(path)[0]) == {"A1", "B"}
-    PROBLEMS["values are keys"]().save(path)
-    assert set(read_tensors(path)[0]) == {"A1", "A2", "B"}
-
-
-def test_bare_safetensors_file_is_a_problem(tmp_path):
-    path = tmp_path / "bare.safetensors"
-    tensors = {
-        "A1": normal(4, 5, 3),
-        "B": normal(4, 5, 2),
-        "A2": normal(4, 6, 2),
-        "A3": normal(4, 6, 1),
-        "mask": visible(5, 6),
-        "weights": normal(4, 5).abs(),
-    }
-    save_file(tensors, path)
-    assert_same(AttentionProblem.load(path), AttentionProblem(**tensors))
-    save_file({"A1": tensors["A1"], "B": tensors["B"]}, path, {"format": "pt"})
-    assert_same(AttentionProblem.load(path), batch())
-
-
-@pytest.mark.parametrize(
-    ("names", "told"),
-    [
-        (["A1"], "holds tensors A1; expected A1 and B"),
-        (["A1", "B", "X"], "holds tensors A1, B, X; expected A1 and B, and besides only A2"),
-        ([], "holds no tensors; expected A1 and B"),
-    ],
-)
-def test_bare_file_with_other_tensors_is_refused(tmp_path, names, told):
-    path = tmp_path / "bare.safetensors"
-    save_file({name: normal(5, 3) for name in names}, path)
-    with pytest.raises(ValueError, match=told) as caught:
-        AttentionProblem.load(path)
-    assert str(path) in str(caught.value)
-
-
-def test_file_of_another_kind_is_refused(tmp_path):
-    path = tmp_path / "fit.safetensors"
-    write_tensors(path, {"X": normal(3, 3)}, {"kind": "fit"})
-    with pytest.raises(ValueError, match=r"holds a fit; expected a problem: give the file that"):
-        AttentionProblem.load(path)
-
-
-def test_damaged_file_is_refused(tmp_path):
-    path = tmp_path / "problem.safetensors"
-    single(**SETTINGS).save(path)
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="is damaged"):
-        AttentionProblem.load(path)

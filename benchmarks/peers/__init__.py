@@ -18,7 +18,7 @@ PEERS: tuple[Method, ...] = (
     TorchMinimize("trust-ncg"),
     TorchMinimize("newton-cg"),
     LevenbergMarquardt("standard"),
-    LevenbergMarquardt("fletcher"),
+    LevenbergMarquardt("adaptive"),
     ScipyTRF("lsmr", dense=False),
     ScipyTRF("lsmr", dense=True),
     ScipyTRF("lsmr", dense=True, scale="jac"),
@@ -30,7 +30,7 @@ MINIMA_PEERS: tuple[Method, ...] = (  # one of each kind, where only the final l
     LBFGS(30),
     TorchMinimize("trust-ncg"),
     TorchMinimize("newton-cg"),
-    LevenbergMarquardt("fletcher"),
+    LevenbergMarquardt("adaptive"),
     ScipyTRF("lsmr", dense=True),
     Adam(1e-2),
 )

@@ -7,6 +7,7 @@ the last point, until a restart gains nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +55,9 @@ class LBFGS:
         return recorder.run(body)
 
 
-def _restarted(recorder: Recorder, variables: list[Tensor], history: int, closure) -> str:  # type: ignore[no-untyped-def]
+def _restarted(
+    recorder: Recorder, variables: list[Tensor], history: int, closure: Callable[[], Tensor]
+) -> str:
     while True:
         before = recorder.trace.loss
         optimiser = torch.optim.LBFGS(

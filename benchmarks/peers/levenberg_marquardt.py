@@ -2,14 +2,15 @@
 
 The package differentiates sample by sample under vmap, so each query row is a sample that carries
 the keys of its sequence (an expanded view, no copy). The Jacobian is built in slices, as the
-package advises for large systems, and the normal equations are solved by Cholesky.
+package advises for large systems, and the normal equations are solved by Cholesky. Of its damping
+matrices "fletcher" (the diagonal of J^T J) is left out: at Y = 0 that is zero for all of X.
 """
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ ROWS_AT_ONCE = 256
 class LevenbergMarquardt:
     """Levenberg-Marquardt with one of the package's damping matrices."""
 
-    damping: Literal["standard", "fletcher"]
+    damping: Literal["standard", "adaptive"]
 
     @property
     def name(self) -> str:
@@ -87,7 +88,9 @@ class _Rows(torch.nn.Module):
         super().__init__()
         self.X, self.Y = (torch.nn.Parameter(start.clone()) for start in (X0, Y0))
 
-    def forward(self, rows: Tensor, keys: Tensor) -> Tensor:
+    def forward(self, *inputs: Any) -> Tensor:
+        # The package unpacks a tuple of inputs in all calls but its first.
+        rows, keys = inputs if len(inputs) == 2 else inputs[0]
         logits = (rows @ self.X)[:, None, :] @ keys.mT  # (rows, 1, n)
         return (torch.softmax(logits, -1) @ keys)[:, 0] @ self.Y
 

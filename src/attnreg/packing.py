@@ -117,9 +117,9 @@ def unpack(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> dict[s
     """
     if not metadata:
         if not {"A1", "B"} <= set(tensors) <= set(_INPUTS):
+            named = f"tensors named {', '.join(sorted(tensors))}" if tensors else "no tensors"
             raise ValueError(
-                f"holds tensors named {', '.join(sorted(tensors)) or 'nothing'}; expected A1 and "
-                "B, and besides only A2, A3, mask and weights"
+                f"holds {named}; expected A1 and B, and besides only A2, A3, mask and weights"
             )
         return dict(tensors)
     if metadata.get("kind") != "problem":

@@ -13,7 +13,7 @@ with unnormalised Gram matrices pooled over the sequences,
 
 For one sequence with unit weights and X0 = Y0 = 0 that is the paper's
 ``ridge_x ||A1 X A2^T||_F^2 + ridge_y ||A3 Y||_F^2``; for several it stays one Kronecker product.
-Weights enter G1, so that a weight of 2 is the same as the row twice.
+A weight of 2 is the same as the row twice, in G1 too.
 """
 
 from __future__ import annotations
@@ -301,7 +301,8 @@ class AttentionProblem:
         """The problem with some arguments replaced: ``problem.replace(ridge_x=1e-3)``.
 
         Args:
-            **changes: Arguments of the constructor by name.
+            **changes: Arguments of the constructor by name. The others stay, A2 and A3 too where
+                they were left out and A1 is replaced.
 
         Returns:
             A new problem with copies of the data.
@@ -325,11 +326,8 @@ class AttentionProblem:
 
     def _arguments(self, sequences: Sequences) -> dict[str, Any]:
         """What the constructor takes for these sequences and the settings."""
-        return {
-            **as_arguments(self.structure, sequences),
-            **self._settings,
-            "center": self.center,
-        }
+        inputs = as_arguments(self.structure, sequences)
+        return {**inputs, **self._settings, "center": self.center}
 
     @property
     def _settings(self) -> dict[str, float | None]:
