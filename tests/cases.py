@@ -2,8 +2,6 @@
 
 import functools
 
-import torch
-
 from attnreg.models import Bilinear, MultiHead
 from tests.twins import Case, Twin, normal
 
@@ -41,9 +39,7 @@ def ragged(**changes):
 
 def cross(**changes):
     n, m = zip(*CROSS, strict=True)
-    return Case(
-        inputs(n, 4, 30), inputs(n, 2, 40), inputs(m, 3, 50), inputs(m, 5, 60), **changes
-    )
+    return Case(inputs(n, 4, 30), inputs(n, 2, 40), inputs(m, 3, 50), inputs(m, 5, 60), **changes)
 
 
 RIDGES = {"ridge_x": 0.03, "ridge_y": 0.2}
@@ -85,9 +81,20 @@ def twin(case, model):
     return made
 
 
-def single(n=20, d=3, d_out=2, seed=0, **options):
-    """One sequence."""
-    return Case([normal(n, d, seed=seed)], [normal(n, d_out, seed=seed + 1)], options=options)
+def planted(model, noise=0.0, seed=0, size=0.4, sequences=8, n=24, d=4, d_out=3):
+    """A case whose targets are a layer's output plus noise, and that layer's parameters."""
+    case = Case(
+        inputs((n,) * sequences, d, 1000 * seed), inputs((n,) * sequences, d_out, 0), stack=True
+    )
+    made = Twin(case, model)
+    parameters = made.random(1000 * seed + 500)
+    for name in ("X", "W_Q"):
+        if name in parameters:
+            parameters[name] *= size
+    out = made.output(parameters).detach()
+    out = out + noise * out.std() * normal(*out.shape, seed=1000 * seed + 900)
+    case.B = list(out.split(n))
+    return case, parameters
 
 
 def moved(parameters, size, seed):
@@ -96,7 +103,3 @@ def moved(parameters, size, seed):
         name: p + size * p.norm() / p.numel() ** 0.5 * normal(*p.shape, seed=seed + i)
         for i, (name, p) in enumerate(parameters.items())
     }
-
-
-def rows_of(problem):
-    return torch.cat([batch.B.flatten(0, 1) for batch in problem.batches])

@@ -7,9 +7,9 @@ and one :class:`IterationRecord` an iteration. The mathematics is in ``objective
 and ``curvature``; ``notation`` has the conventions.
 """
 
-from attnreg.problem import AttentionProblem
-from attnreg.models import Bilinear, MultiHead, pool_kv_heads
 from attnreg.fitting import fit
+from attnreg.models import Bilinear, MultiHead, pool_kv_heads
+from attnreg.problem import AttentionProblem
 from attnreg.result import FitResult, predict
 from attnreg.solvers.records import IterationRecord, Status
 
@@ -18,11 +18,11 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionProblem",
     "Bilinear",
-    "MultiHead",
-    "pool_kv_heads",
-    "fit",
     "FitResult",
-    "Status",
     "IterationRecord",
+    "MultiHead",
+    "Status",
+    "fit",
+    "pool_kv_heads",
     "predict",
 ]

@@ -58,6 +58,9 @@ class LeftFactor:
 
         A singular value of the data below ``8 sqrt(rows) eps`` of the largest cannot be told
         from rounding; the moment's eigenvalues are their squares, and have a floor of their own.
+
+        Returns:
+            The factor in ``dtype``.
         """
         values, vectors = torch.linalg.eigh(moment)
         rows = moment.shape[0]

@@ -154,6 +154,9 @@ class Point:
 
         For rows ``W^{1/2} u`` with independent unit entries of ``u`` the result has the second
         moment ``W - W F M^{-1} F^T W`` of the reduced Gauss-Newton matrix (without ridge).
+
+        Returns:
+            ``(rows, d_out)``.
         """
         return rows - self._left @ self._normal.apply_inverse(self.features.columns.mT @ rows)
 

@@ -66,7 +66,7 @@ class ProgressDisplay:
 
     def _share(self, record: IterationRecord) -> float:
         share = 0.0
-        if 0.0 < record.gradient_norm and self._first > self._tol:
+        if record.gradient_norm > 0.0 and self._first > self._tol:
             way = math.log(self._first / self._tol)
             share = math.log(self._first / record.gradient_norm) / way
         if self._max_seconds is not None:

@@ -51,6 +51,9 @@ class NormalEquations:
 
         In float64 one step of iterative refinement follows, so that the error is that of a
         backward stable solver as long as the condition number of ``F`` stays below about 1e7.
+
+        Returns:
+            ``O`` ``(k, d_out)`` and the residual ``(rows, d_out)``.
         """
         right = gram64(self._left, targets)
         if center is not None and self._ridge is not None:
@@ -72,9 +75,7 @@ def gram64(left: Tensor, right: Tensor) -> Tensor:
     """``left^T right`` accumulated in float64."""
     if left.dtype == torch.float64:
         return left.mT @ right
-    result = torch.zeros(
-        (left.shape[1], right.shape[1]), dtype=torch.float64, device=left.device
-    )
+    result = torch.zeros((left.shape[1], right.shape[1]), dtype=torch.float64, device=left.device)
     for i in range(0, left.shape[0], _CHUNK):
         result.addmm_(left[i : i + _CHUNK].double().mT, right[i : i + _CHUNK].double())
     return result

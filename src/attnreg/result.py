@@ -123,6 +123,9 @@ class FitResult:
     def load(path: str | Path) -> FitResult:
         """Reads what :meth:`save` wrote.
 
+        Returns:
+            The result.
+
         Raises:
             ValueError: If the file is missing, damaged, or no fit.
         """

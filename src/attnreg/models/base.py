@@ -125,8 +125,3 @@ class Model(ABC):
     @abstractmethod
     def ridge(self, problem: AttentionProblem) -> Ridge | None:
         """The problem's regulariser for this model; None where both strengths are 0."""
-
-
-def total_weight(problem: AttentionProblem) -> float:
-    """Sum of the row weights: the number of rows where all weights are 1."""
-    return sum(float(batch.weights.double().sum()) for batch in problem.batches)

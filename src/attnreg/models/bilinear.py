@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnreg.kronecker import ParameterBlock
-from attnreg.models.base import Layout, Model, Parameters, Ridge, total_weight
+from attnreg.models.base import Layout, Model, Parameters, Ridge
 from attnreg.models.checks import checked
 from attnreg.problem import AttentionProblem, Batch
 
@@ -39,7 +39,10 @@ class Bilinear(Model):
         return {"X": x.to(problem.dtype).to(problem.device), "Y": y.to(problem.device)}
 
     def split(self, problem: AttentionProblem, parameters: Parameters) -> tuple[Tensor, Tensor]:
-        """``X`` flattened row by row, and ``Y``.
+        """Checks the parameters.
+
+        Returns:
+            ``X`` flattened row by row, and ``Y``.
 
         Raises:
             ValueError: If a matrix is missing, has another shape, or is not finite.
@@ -73,7 +76,7 @@ class Bilinear(Model):
 
     def input_moments(self, problem: AttentionProblem) -> tuple[Tensor, ...]:
         """Mean of ``scale^2 a a^T`` over the rows of ``A1``, weighted."""
-        return (problem.gram_query * (_scale(problem) ** 2 / total_weight(problem)),)
+        return (problem.gram_query * (_scale(problem) ** 2 / problem.total_weight),)
 
     def natural_metric(
         self, problem: AttentionProblem, theta: Tensor, readout: Tensor
@@ -83,9 +86,12 @@ class Bilinear(Model):
         Without a ridge the keys in ``G2`` are centred: a shift of all keys of a sequence moves
         no softmax (the gauge), so such directions carry no gradient and no size. With a ridge
         they do carry one, and ``G2`` is the ridge's own.
+
+        Returns:
+            The right factor of the one block.
         """
         keys = problem.gram_key if problem.ridge_x > 0 else problem.gram_key_centered
-        return (total_weight(problem) * keys[None],)
+        return (problem.total_weight * keys[None],)
 
     def ridge(self, problem: AttentionProblem) -> Ridge | None:
         """``ridge_x <X - X0, G1 (X - X0) G2> + ridge_y <Y - Y0, G3 (Y - Y0)>``."""
@@ -94,7 +100,7 @@ class Bilinear(Model):
         shapes = self._shapes(problem)
         zeros = {name: torch.zeros(shape) for name, shape in shapes.items()}
         x0, y0 = checked(problem, zeros | dict(problem.center), shapes)
-        strength = problem.ridge_x * total_weight(problem) / _scale(problem) ** 2
+        strength = problem.ridge_x * problem.total_weight / _scale(problem) ** 2
         right = strength * problem.gram_key[None]
         return Ridge(x0.reshape(-1), (right,), y0, problem.ridge_y * problem.gram_value)
 

@@ -50,9 +50,12 @@ class Features:
         keep = products and _softmax_bytes(problem, layout.groups * layout.repeats) <= CACHE_BYTES
         blocks = split_blocks(theta, layout.blocks)
         self._attention = []
-        for batch, out in zip(problem.batches, self._by_batch(self.columns[:, :width]), strict=True):
+        for batch, out in zip(
+            problem.batches, self._by_batch(self.columns[:, :width]), strict=True
+        ):
             queries, keys, values = model.project(problem, batch, blocks, change=False)
-            assert keys is not None and values is not None
+            assert keys is not None
+            assert values is not None
             attention = Attention(
                 queries,
                 keys,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnreg.kronecker import ParameterBlock, split_blocks
-from attnreg.models.base import Layout, Model, Parameters, Ridge, total_weight
+from attnreg.models.base import Layout, Model, Parameters, Ridge
 from attnreg.models.checks import checked
 from attnreg.models.features import Features
 from attnreg.problem import AttentionProblem, Batch
@@ -59,6 +59,9 @@ class MultiHead(Model):
     def layout(self, problem: AttentionProblem) -> Layout:
         """Sizes on this problem.
 
+        Returns:
+            Three parameter blocks (query, key, value) and the readout's shape.
+
         Raises:
             ValueError: If ``head_dim`` is not given and ``heads`` does not divide ``d_query``.
         """
@@ -84,7 +87,10 @@ class MultiHead(Model):
         return parameters
 
     def split(self, problem: AttentionProblem, parameters: Parameters) -> tuple[Tensor, Tensor]:
-        """``theta`` of ``[W_Q; b_Q], W_K, W_V`` and the readout ``[W_O; b_O + b_V W_O]``.
+        """Checks the weights.
+
+        Returns:
+            ``theta`` of ``[W_Q; b_Q], W_K, W_V`` and the readout ``[W_O; b_O + b_V W_O]``.
 
         Raises:
             ValueError: If a weight is missing, has another shape, or is not finite.
@@ -134,7 +140,8 @@ class MultiHead(Model):
     ) -> None:
         """Adds ``scale [A1 1]^T gQ``, ``A2^T gK`` and ``A3^T gV``."""
         gq, gk, gv = gradients
-        assert gk is not None and gv is not None
+        assert gk is not None
+        assert gv is not None
         gq = gq.flatten(0, 1)
         scale = self._scale(problem)
         if self.bias:
@@ -147,7 +154,7 @@ class MultiHead(Model):
     def input_moments(self, problem: AttentionProblem) -> tuple[Tensor, ...]:
         """Means over rows for ``scale [A1 1]``, the centred ``A2``, and ``A3``."""
         keys = _key_rows(problem)
-        query = self._gram_query(problem) * (self._scale(problem) ** 2 / total_weight(problem))
+        query = self._gram_query(problem) * (self._scale(problem) ** 2 / problem.total_weight)
         return (query, problem.gram_key_centered / keys, problem.gram_value / keys)
 
     def natural_metric(
@@ -157,13 +164,14 @@ class MultiHead(Model):
 
         Linearised at ``theta``: a change ``dW_Q`` of head ``h`` moves the logits by
         ``scale [A1 1] dW_Q (A2 W_K)^T``, and so on. Invariant to the gauge ``W_Q M, W_K M^-T``.
+
+        Returns:
+            The right factors of the three blocks.
         """
         layout = self.layout(problem)
-        query, key, value = (
+        query, key, _ = (
             _per_head(matrix.double(), block.heads)
-            for matrix, block in zip(
-                split_blocks(theta, layout.blocks), layout.blocks, strict=True
-            )
+            for matrix, block in zip(split_blocks(theta, layout.blocks), layout.blocks, strict=True)
         )
         g1, g2 = self._gram_query(problem), problem.gram_key_centered
         key_size = (key.mT @ g2 @ key).repeat_interleave(layout.repeats, dim=0)
@@ -174,7 +182,7 @@ class MultiHead(Model):
         out_size = torch.einsum("grvo,grwo->gvw", out, out)
         keys = _key_rows(problem)
         return (
-            total_weight(problem) * key_size,
+            problem.total_weight * key_size,
             keys * self._scale(problem) ** 2 * query_size,
             keys * out_size,
         )
@@ -184,6 +192,9 @@ class MultiHead(Model):
 
         ``ridge_x`` weighs the change of the logits that ``W_Q`` and ``W_K`` make, ``ridge_y`` the
         change of the outputs that ``W_V`` and ``W_O`` make, each linearised at the centre.
+
+        Returns:
+            The ridge, or None where both strengths are 0.
 
         Raises:
             ValueError: If a ridge is positive and the problem has no centre.
@@ -249,7 +260,7 @@ class MultiHead(Model):
         mean = problem.gram_query.new_zeros(problem.d_query)
         for batch in problem.batches:
             mean += (batch.weights[..., None] * batch.A1).double().sum((0, 1))
-        corner = mean.new_tensor([[total_weight(problem)]])
+        corner = mean.new_tensor([[problem.total_weight]])
         top = torch.cat([problem.gram_query, mean[:, None]], dim=1)
         return torch.cat([top, torch.cat([mean[None], corner], dim=1)])
 

@@ -44,6 +44,9 @@ NEWTON_GAIN = 3e-2
 FORCING = 0.3
 """Largest relative residual of a linear solve."""
 
+MIN_FORCING = 1e-8
+"""Smallest one: forcing follows the gradient norm in the Newton phase, for a quadratic tail."""
+
 MAX_INNER = 200
 """Largest number of products of a linear solve."""
 
@@ -160,13 +163,11 @@ class TrustRegion:
         assert estimate is not None
         forcing = FORCING
         if self._newton:
-            forcing = min(FORCING, math.sqrt(self._norm / self._first_norm))
+            forcing = min(FORCING, max(MIN_FORCING, self._norm / self._first_norm))
         product = point.hessian if self._newton else point.gauss_newton
         floor = MIN_DAMPING * estimate.mean_eigenvalue
         precondition = estimate.inverse(max(shift, floor))
-        return conjugate_gradients(
-            product, point.gradient, precondition, shift, forcing, MAX_INNER
-        )
+        return conjugate_gradients(product, point.gradient, precondition, shift, forcing, MAX_INNER)
 
     def _follow_negative_curvature(self, solve: Solve) -> Solve:
         """Extends a direction along negative curvature, as long as the direction itself."""
@@ -181,9 +182,7 @@ class TrustRegion:
         step = length / norm
         slope = min(0.0, float(gradient @ p)) * step
         change = solve.model_change + slope + 0.5 * step**2 * solve.negative_curvature
-        return replace(
-            solve, direction=solve.direction.add(p, alpha=step), model_change=change
-        )
+        return replace(solve, direction=solve.direction.add(p, alpha=step), model_change=change)
 
     def _try(self, solve: Solve) -> tuple[bool, bool]:
         """Takes or rejects a step and updates the damping: accepted, stalled."""

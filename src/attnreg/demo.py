@@ -1,0 +1,207 @@
+"""The demo: fit a real attention layer that ships with the package, beside L-BFGS and Adam.
+
+The layer is number 3 of all-MiniLM-L6-v2 (12 heads, width 384; see NOTICE): its inputs on 72
+sequences of 128 tokens of English text, and its weights, from which the outputs are computed.
+
+1. The paper's problem: one head of the layer, ``softmax(A X A^T) A Y`` with a constant column in
+   ``A`` for the biases, so that an exact solution exists; from near zero.
+2. 12 -> 4 key/value heads from mean-pooled weights: 48 sequences are fitted, the strength of the
+   pull towards the pooled weights is chosen on 12, and 12 are scored.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load
+from torch import Tensor
+
+from attnreg.fitting import fit
+from attnreg.models import Bilinear, Model, MultiHead, pool_kv_heads
+from attnreg.problem import AttentionProblem
+from attnreg.report.baselines import adam, lbfgs
+from attnreg.report.figures import save_figures
+from attnreg.report.trace import Trace
+from attnreg.result import FitResult, predict
+from attnreg.solvers.records import IterationRecord
+
+HEADS, KV_HEADS = 12, 4
+FITTED, VALIDATION = range(48), range(48, 60)
+HELD_OUT = range(60, 72)
+STRENGTHS = (0.1, 1.0, 10.0)
+ADAM_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+SECONDS = 6.0
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The embedded layer: inputs ``(sequences, tokens, width)`` and named weights, float32."""
+
+    inputs: Tensor
+    weights: dict[str, Tensor]
+
+    @staticmethod
+    def load() -> Layer:
+        """Reads the embedded file."""
+        data = resources.files("attnreg").joinpath("data/minilm_layer3.safetensors").read_bytes()
+        tensors = {name: value.float() for name, value in load(data).items()}
+        return Layer(tensors.pop("inputs"), tensors)
+
+    def problem(self, sequences: range) -> AttentionProblem:
+        """Inputs and outputs of the whole layer on some sequences."""
+        inputs = self.inputs[sequences.start : sequences.stop]
+        blank = AttentionProblem(inputs, torch.zeros_like(inputs))
+        outputs = predict(MultiHead(HEADS), self.weights, blank)
+        assert isinstance(outputs, Tensor)
+        return AttentionProblem(inputs, outputs)
+
+    def head_problem(self, head: int, sequences: range) -> AttentionProblem:
+        """One head as the paper's problem, biases carried by a constant column."""
+        width = self.inputs.shape[2] // HEADS
+        part = slice(head * width, (head + 1) * width)
+        sliced = {
+            name: value[..., part] if name != "b_O" else torch.zeros_like(value)
+            for name, value in self.weights.items()
+            if name != "W_O"
+        }
+        sliced["W_O"] = self.weights["W_O"][part]
+        inputs = self.inputs[sequences.start : sequences.stop]
+        blank = AttentionProblem(inputs, torch.zeros_like(inputs))
+        outputs = predict(MultiHead(1, head_dim=width), sliced, blank)
+        assert isinstance(outputs, Tensor)
+        ones = torch.ones((*inputs.shape[:2], 1))
+        return AttentionProblem(torch.cat([inputs, ones], dim=2), outputs)
+
+
+def run(out: Path, seconds: float | None = None, as_json: bool = False) -> None:
+    """Runs the demo, prints a table and writes figures and numbers.
+
+    Args:
+        out: Folder for ``demo.json`` and the figures; made if absent.
+        seconds: Time for each method; default 6.
+        as_json: Whether the numbers are printed as JSON instead of a table.
+    """
+    budget = SECONDS if seconds is None else seconds
+    out.mkdir(parents=True, exist_ok=True)
+    console = Console(stderr=as_json)
+    layer = Layer.load()
+    paper = _paper_problem(layer, budget, console)
+    conversion, fitted = _conversion(layer, budget, console)
+    numbers: dict[str, object] = {
+        "paper_problem": paper,
+        "conversion": [t.summary() for t in conversion],
+    }
+    numbers["pull"] = fitted.pull
+    figures = save_figures(out, conversion, fitted.original, fitted.student, fitted.targets)
+    (out / "demo.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    if as_json:
+        print(json.dumps(numbers))  # noqa: T201
+        return
+    console.print(_table(conversion, budget))
+    for path in figures:
+        console.print(f"figure {path}")
+
+
+def _paper_problem(layer: Layer, budget: float, console: Console) -> dict[str, float | str]:
+    problem, other = layer.head_problem(0, range(24)), layer.head_problem(0, range(60, 72))
+    result = fit(problem, Bilinear(), tol=1e-6, max_seconds=budget)
+    held_out = _relative_error(result.model, result.parameters, other)
+    console.print(
+        f"paper's problem, one head, X and Y {problem.d_query} x {problem.d_key}: relative error "
+        f"{result.relative_error:.4f} fitted, {held_out:.4f} held out, "
+        f"{result.history[-1].seconds:.1f} s, {result.status.value}"
+    )
+    return {
+        "relative_error": result.relative_error,
+        "held_out_error": held_out,
+        "seconds": result.history[-1].seconds,
+        "status": result.status.value,
+    }
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """What the figures show beside the traces."""
+
+    pull: float
+    original: tuple[MultiHead, dict[str, Tensor]]
+    student: tuple[MultiHead, dict[str, Tensor]]
+    targets: AttentionProblem
+
+
+def _conversion(layer: Layer, budget: float, console: Console) -> tuple[list[Trace], _Fitted]:
+    problem, validation = layer.problem(FITTED), layer.problem(VALIDATION)
+    held_out = layer.problem(HELD_OUT)
+    model = MultiHead(HEADS, KV_HEADS)
+    start = pool_kv_heads(layer.weights, HEADS, KV_HEADS)
+    best: tuple[float, float, Trace, FitResult] | None = None
+    for strength in STRENGTHS:
+        trace = Trace(f"attnreg (pull {strength:g})")
+        result = _fit_pulled(problem, model, start, strength, budget, trace)
+        error = _relative_error(model, result.parameters, validation)
+        console.print(f"pull {strength:g}: validation error {error:.4f}")
+        if best is None or error < best[0]:
+            best = (error, strength, trace, result)
+    assert best is not None
+    _, pull, ours, result = best
+    ours.finish(result.relative_error, _relative_error(model, result.parameters, held_out))
+    traces = [ours]
+    for parameters, trace in (
+        lbfgs(problem, model, start, budget),
+        *(adam(problem, model, start, budget, rate) for rate in ADAM_RATES),
+    ):
+        fitted_error = _relative_error(model, parameters, problem)
+        trace.finish(fitted_error, _relative_error(model, parameters, held_out))
+        traces.append(trace)
+    original = (MultiHead(HEADS), layer.weights)
+    return traces, _Fitted(pull, original, (model, dict(result.parameters)), held_out)
+
+
+def _fit_pulled(
+    problem: AttentionProblem,
+    model: MultiHead,
+    start: dict[str, Tensor],
+    strength: float,
+    budget: float,
+    trace: Trace,
+) -> FitResult:
+    """Fits with a pull towards the start; 1 weighs changes of the output like the loss."""
+    pairs = sum(n for n, _ in problem.lengths) * sum(m for _, m in problem.lengths) * HEADS
+    pulled = problem.replace(
+        center=start,
+        ridge_x=strength * problem.target_norm_squared / pairs,
+        ridge_y=strength,
+    )
+    began = time.perf_counter()
+
+    def observe(record: IterationRecord) -> None:
+        trace.add(time.perf_counter() - began, problem.relative_error(record.loss))
+
+    return fit(pulled, model, init=start, max_seconds=budget, callback=observe)
+
+
+def _relative_error(
+    model: Model, parameters: Mapping[str, Tensor], problem: AttentionProblem
+) -> float:
+    outputs = predict(model, parameters, problem)
+    assert isinstance(outputs, Tensor)
+    loss = (outputs - problem.batches[0].B).double().square().sum()
+    return problem.relative_error(float(loss))
+
+
+def _table(traces: list[Trace], budget: float) -> Table:
+    table = Table(title=f"12 -> 4 key/value heads, {len(FITTED)} sequences, {budget:g} s each")
+    table.add_column("method")
+    table.add_column("error, fitted", justify="right")
+    table.add_column("error, held out", justify="right")
+    for trace in traces:
+        table.add_row(trace.name, f"{trace.fitted_error:.4f}", f"{trace.held_out_error:.4f}")
+    return table

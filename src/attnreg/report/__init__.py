@@ -1,0 +1,1 @@
+"""Traces, fair baselines and figures for the demo and the benchmarks."""
