@@ -163,7 +163,8 @@ def test_history():
     history = result.history
     assert list(history) == seen
     assert [record.iteration for record in history] == list(range(len(history)))
-    assert (history[0].phase, history[0].accepted, history[0].inner_iterations) == ("start", True, 0)
+    first = history[0]
+    assert (first.phase, first.accepted, first.inner_iterations) == ("start", True, 0)
     assert {record.phase for record in history[1:]} == {"gauss-newton", "newton"}
     for name in ("seconds", "passes"):
         values = [getattr(record, name) for record in history]
@@ -270,7 +271,9 @@ def test_interrupt_from_the_callback(at):
     assert fit(NOISY, init=result).converged
 
 
-@pytest.mark.parametrize("place", ["conjugate_gradients", "natural_metric", "gauss_newton_estimate"])
+@pytest.mark.parametrize(
+    "place", ["conjugate_gradients", "natural_metric", "gauss_newton_estimate"]
+)
 def test_interrupt_anywhere_gives_a_consistent_result(monkeypatch, place):
     calls = itertools.count()
     original = getattr(trust_region, place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 
 import torch
@@ -42,7 +43,8 @@ def fit(
         tol: The fit has converged when the dual norm of the reduced gradient in the natural
             metric is at most ``tol * ||B - mean||_F^2``.
         max_iterations: Bound on the iterations, rejected steps included.
-        max_seconds: Bound on the wall time, checked between iterations.
+        max_seconds: Bound on the wall time, checked after every product; the step in hand is
+            still tried.
         seed: Seed of the start without ``init`` and of the preconditioner's samples; the same
             seed gives the same fit on the same machine with the same number of threads.
         progress: Whether a live display is shown on the terminal.
@@ -54,6 +56,7 @@ def fit(
     Raises:
         ValueError: If an argument is out of range, or ``init`` does not fit the model.
     """
+    began = time.perf_counter()
     model = Bilinear() if model is None else model
     _check_bounds(tol, max_iterations, max_seconds)
     if isinstance(init, FitResult):
@@ -75,7 +78,7 @@ def fit(
         objective = Objective(problem, model)
         settings = Settings(tol, max_iterations, max_seconds, stages_for(readout))
         generator = torch.Generator().manual_seed(seed)
-        outcome = TrustRegion(objective, theta, settings, generator, observe).run()
+        outcome = TrustRegion(objective, theta, settings, generator, observe, began).run()
     point = outcome.point
     return FitResult(
         parameters=model.join(problem, point.theta, point.readout, template),

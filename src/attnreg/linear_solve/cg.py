@@ -4,7 +4,8 @@ Solves ``(H + damping I) d = -g`` from ``d = 0`` and stops when
 
 * the residual's norm in the metric of the inverse preconditioner is at most ``tolerance`` times
   that of ``g`` (forcing, Dembo, Eisenstat and Steihaug 1982), or
-* a direction of non-positive curvature is met; it is handed back to the caller (Steihaug 1983).
+* a direction of non-positive curvature is met; it is handed back to the caller (Steihaug 1983), or
+* the caller's clock has run out; the direction so far still decreases the model.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def conjugate_gradients(
     damping: float,
     tolerance: float,
     max_iterations: int,
+    out_of_time: Callable[[], bool] | None = None,
 ) -> Solve:
     """Solves ``(H + damping I) d = -gradient``.
 
@@ -57,6 +59,7 @@ def conjugate_gradients(
         damping: Non-negative multiple of the identity.
         tolerance: Relative tolerance in ``(0, 1)``.
         max_iterations: Bound on the products.
+        out_of_time: Asked after each product; a true answer ends the solve.
 
     Returns:
         The direction with its statistics.
@@ -85,6 +88,8 @@ def conjugate_gradients(
         rz, previous = _dot(residual, preconditioned), rz
         converged = rz <= target
         p.mul_(rz / previous).add_(preconditioned)
+        if out_of_time is not None and out_of_time():
+            break
     change = _model_change(gradient, direction, residual, damping)
     return Solve(direction, iterations, change, converged)
 

@@ -96,6 +96,7 @@ class TrustRegion:
         settings: What bounds the run.
         generator: Source of the preconditioner's random signs.
         observe: Called with each record; a true answer stops the run.
+        began: ``time.perf_counter()`` from which seconds are counted.
     """
 
     def __init__(
@@ -105,10 +106,11 @@ class TrustRegion:
         settings: Settings,
         generator: torch.Generator,
         observe: Callable[[IterationRecord], bool | None],
+        began: float,
     ) -> None:
         self._objective, self._settings = objective, settings
         self._generator, self._observe = generator, observe
-        self._began = time.perf_counter()
+        self._began = began
         features = objective.features(theta)
         columns = features.columns
         power = float(torch.linalg.vector_norm(columns, dtype=torch.float64)) ** 2
@@ -125,12 +127,15 @@ class TrustRegion:
 
     def run(self) -> Outcome:
         """Iterates until a bound is met, the test holds, or nothing helps any more."""
-        status = self._report("start", 0.0, 0, accepted=True)
+        status = None
         try:
+            status = self._report("start", 0.0, 0, accepted=True)
             while status is None:
                 status = self._iterate()
         except KeyboardInterrupt:
             status = Status.INTERRUPTED
+        if self._point.damping:  # stopped on the path: hand out the problem's own objective
+            self._move(Point(self._objective, self._point.features))
         return Outcome(self._point, self._norm, status, self._rank)
 
     # ------------------------------------------------------------------ one iteration
@@ -167,7 +172,13 @@ class TrustRegion:
         product = point.hessian if self._newton else point.gauss_newton
         floor = MIN_DAMPING * estimate.mean_eigenvalue
         precondition = estimate.inverse(max(shift, floor))
-        return conjugate_gradients(product, point.gradient, precondition, shift, forcing, MAX_INNER)
+        return conjugate_gradients(
+            product, point.gradient, precondition, shift, forcing, MAX_INNER, self._out_of_time
+        )
+
+    def _out_of_time(self) -> bool:
+        limit = self._settings.max_seconds
+        return limit is not None and time.perf_counter() - self._began >= limit
 
     def _follow_negative_curvature(self, solve: Solve) -> Solve:
         """Extends a direction along negative curvature, as long as the direction itself."""
@@ -280,6 +291,6 @@ class TrustRegion:
             return Status.CONVERGED
         if self._iteration >= settings.max_iterations:
             return Status.MAX_ITERATIONS
-        if settings.max_seconds is not None and seconds >= settings.max_seconds:
+        if self._out_of_time():
             return Status.MAX_SECONDS
         return None
