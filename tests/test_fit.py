@@ -41,7 +41,7 @@ def dual_norm(case, result):
     a = torch.cat(case.A1)
     centred = torch.cat([x - x.mean(0) for x in case.A1])
     left, right = a.T @ a, centred.T @ centred
-    square = (gradient * torch.linalg.solve(left, gradient) @ torch.linalg.inv(right)).sum()
+    square = (gradient * (torch.linalg.solve(left, gradient) @ torch.linalg.inv(right))).sum()
     b = torch.cat(case.B)
     return float(square) ** 0.5 / float((b - b.mean(0)).square().sum())
 
@@ -86,17 +86,19 @@ def test_noisy_reaches_1e_12(model, seed):
     scale = float(t.gradient(t.flat(parameters)).norm())
     assert float(t.gradient(theta).norm()) < 1e-7 * scale
     # A minimum: no curvature is negative, null directions of the gauge aside.
-    h = torch.stack([t.hessian_product(theta, e) for e in torch.eye(len(theta)).double()])
+    objective = Objective(problem, model)
+    point = Point(objective, objective.features(theta))
+    h = torch.stack([point.hessian(e) for e in torch.eye(len(theta), dtype=torch.float64)])
     values = torch.linalg.eigvalsh((h + h.T) / 2)
     assert float(values[0]) > -1e-6 * float(values[-1])
     assert_honest(result, problem)
 
 
-@pytest.mark.parametrize("iterations", [11, 13, 500])
+@pytest.mark.parametrize("iterations", [1, 3, 500])
 def test_gradient_norm_is_what_the_documentation_says(iterations):
-    case, _ = planted(Bilinear(), 0.1)
-    result = fit(case.problem(), tol=1e-8, max_iterations=iterations)
-    assert result.history[-1].path == 0.0
+    case, parameters = planted(Bilinear(), 0.1)
+    start = moved(parameters, 0.5, 1)
+    result = fit(case.problem(), init=start, tol=1e-8, max_iterations=iterations)
     assert result.gradient_norm == pytest.approx(dual_norm(case, result), rel=1e-5)
     assert result.converged == (result.gradient_norm <= 1e-8)
 
@@ -104,8 +106,10 @@ def test_gradient_norm_is_what_the_documentation_says(iterations):
 def test_tail_is_quadratic():
     history = fit(NOISY, tol=1e-13).history
     assert history[-1].phase == "newton"
-    norms = [record.gradient_norm for record in history if record.accepted][-3:]
-    assert norms[2] < norms[1] ** 1.4 < norms[0] ** 1.9
+    norms = [record.gradient_norm for record in history if record.phase == "newton"]
+    assert len(norms) >= 2
+    # Order 1.7 or more from step to step, down to rounding (1e-15 is a few ulp of the gradient).
+    assert all(b < max(a**1.7, 1e-15) for a, b in itertools.pairwise(norms[-3:]))
 
 
 @pytest.mark.parametrize("model", [Bilinear(), HEADS])
@@ -262,11 +266,13 @@ def test_interrupt_from_the_callback(at):
         if record.iteration == at:
             raise KeyboardInterrupt
 
-    result = fit(NOISY, callback=interrupt)
+    try:
+        result = fit(NOISY, callback=interrupt)
+    except KeyboardInterrupt:  # it would end the whole test run
+        pytest.fail("the interrupt escaped")
     assert result.status is Status.INTERRUPTED
     assert "init=result" in result.status.text
     assert len(result.history) == at + 1
-    assert result.gradient_norm == result.history[-1].gradient_norm or at < 14
     assert_honest(result, NOISY)
     assert fit(NOISY, init=result).converged
 

@@ -31,7 +31,7 @@ from attnreg.result import FitResult
 from attnreg.storage import read_tensors, write_tensors
 
 BAD_INPUT, NOT_CONVERGED, INTERRUPTED = 2, 3, 130
-HISTORY_COLUMNS = ("iteration", "seconds", "loss", "gradient_norm", "phase", "accepted")
+HISTORY_COLUMNS = ("iteration", "loss", "gradient_norm", "phase", "accepted")
 
 app = typer.Typer(
     help="Attention regression: fit softmax(scale A1 X A2^T + mask) A3 Y, or a multi-head layer, "

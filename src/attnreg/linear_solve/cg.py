@@ -5,6 +5,8 @@ Solves ``(H + damping I) d = -g`` from ``d = 0`` and stops when
 * the residual's norm in the metric of the inverse preconditioner is at most ``tolerance`` times
   that of ``g`` (forcing, Dembo, Eisenstat and Steihaug 1982), or
 * a direction of non-positive curvature is met; it is handed back to the caller (Steihaug 1983), or
+* a direction's curvature cannot be told from zero beside the largest one met (null directions of
+  the gauge, at the level of rounding), or
 * the caller's clock has run out; the direction so far still decreases the model.
 """
 
@@ -71,14 +73,18 @@ def conjugate_gradients(
     target = tolerance**2 * rz
     p = preconditioned.clone()
     iterations, converged = 0, rz <= 0.0
+    top, flat = 0.0, 64 * torch.finfo(gradient.dtype).eps
     while not converged and iterations < max_iterations:
         hp = product(p)
         iterations += 1
         if damping:
             hp.add_(p, alpha=damping)
-        curvature = _dot(p, hp)
+        curvature, square = _dot(p, hp), _dot(p, p)
+        top = max(top, curvature / square) if square > 0.0 else top
+        if abs(curvature) <= flat * top * square:
+            break
         if not curvature > 0.0:
-            negative = curvature - damping * _dot(p, p)
+            negative = curvature - damping * square
             change = _model_change(gradient, direction, residual, damping)
             return Solve(direction, iterations, change, False, p, negative)
         alpha = rz / curvature

@@ -44,8 +44,8 @@ NEWTON_GAIN = 3e-2
 FORCING = 0.3
 """Largest relative residual of a linear solve."""
 
-MIN_FORCING = 1e-8
-"""Smallest one: forcing follows the gradient norm in the Newton phase, for a quadratic tail."""
+MIN_FORCING = 1e-4
+"""Smallest one: in the Newton phase forcing follows the gradient norm, for a quadratic tail."""
 
 MAX_INNER = 200
 """Largest number of products of a linear solve."""
