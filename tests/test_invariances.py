@@ -244,3 +244,17 @@ def test_for_one_sequence_the_ridge_is_the_papers():
 
 def test_damped_cases_are_damped():
     assert all(twin(name, "bilinear").damping > 0 for name in DAMPED)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("size", [1e-8, 1e4])
+def test_stopping_test_does_not_depend_on_the_units_of_the_targets(model, size):
+    t = twin("cross", model)
+    problem, p = t.case.problem(), t.random(1)
+    other = problem.replace(B=[b * size for b in t.case.B])
+
+    def relative_norm(problem):
+        point = point_of(problem, t.model, p)
+        return dual_norm(point) / point.objective.target_norm_squared
+
+    assert relative_norm(other) == pytest.approx(relative_norm(problem), rel=1e-9)

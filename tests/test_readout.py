@@ -121,3 +121,15 @@ def test_scaled_inverse_is_symmetric():
     assert relative(inverse, inverse.T) < 1e-12
     m = f.T @ f
     assert relative(m @ inverse @ m, m) < 1e-10
+
+
+def test_rank_of_float32_columns_is_that_of_the_exact_ones():
+    exact = torch.cat([normal(200, 4), normal(200, 4) @ normal(4, 2, seed=3)], 1)
+    b = normal(200, OUT, seed=1)
+    f = exact.float()
+    normal_equations = NormalEquations(f, f, None, 0.0, K)
+    readout, residual = normal_equations.solve(b.float(), None)
+    assert normal_equations.rank == 4
+    assert float(readout.norm()) < 10
+    best = exact @ torch.linalg.pinv(exact, rtol=1e-10) @ b - b
+    assert relative(residual.double(), best) < 1e-5

@@ -38,9 +38,7 @@ def test_save_and_load(fits, name, tmp_path):
     for field in dataclasses.fields(FitResult):
         if field.name != "parameters":
             assert getattr(again, field.name) == getattr(result, field.name), field.name
-    assert list(again.parameters) == list(result.parameters) or set(again.parameters) == set(
-        result.parameters
-    )
+    assert again.parameters.keys() == result.parameters.keys()
     for key, value in result.parameters.items():
         assert torch.equal(again.parameters[key], value)
         assert again.parameters[key].dtype == value.dtype
@@ -134,7 +132,7 @@ def test_a_result_continues(iterations):
 
 
 def test_a_result_of_another_model_is_refused(fits):
-    with pytest.raises(ValueError, match="pass model=init.model"):
+    with pytest.raises(ValueError, match=r"pass model=init\.model"):
         fit(NOISY, HEADS, init=fits["bilinear"])
     assert fit(NOISY.replace(B=NOISY.batches[0].B), init=fits["bilinear"]).converged
 
@@ -160,9 +158,9 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_starts_are_refused(name):
-    with pytest.raises(ValueError, match="[XYZ]"):
+    with pytest.raises(ValueError, match=r"[XYZ]"):
         fit(NOISY, init=BAD[name])
-    with pytest.raises(ValueError, match="[XYZ]"):
+    with pytest.raises(ValueError, match=r"[XYZ]"):
         fit(NOISY.replace(ridge_x=1.0, center=None), init=BAD[name])
 
 
@@ -206,7 +204,7 @@ def test_bad_bounds_are_refused(options, message):
     ],
 )
 def test_bad_sizes_are_refused(sizes):
-    with pytest.raises(ValueError, match="heads|head_dim"):
+    with pytest.raises(ValueError, match="head"):
         MultiHead(**sizes)
 
 
@@ -253,8 +251,7 @@ def test_a_pooled_start_improves():
     full, few = MultiHead(4, head_dim=2), MultiHead(4, 2, 2)
     case, weights = planted(full, n=30)
     result = fit(case.problem(), few, init=pool_kv_heads(weights, 4, 2), max_iterations=25)
-    pooled, best_readout = result.history[0].loss, result.loss
-    assert best_readout < 0.7 * pooled
+    assert result.loss < 0.7 * result.history[0].loss
     output = Twin(case, few).output(result.parameters)
     expected = float((output - torch.cat(case.B)).square().sum())
     assert result.loss == pytest.approx(expected, rel=1e-9)

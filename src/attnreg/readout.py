@@ -38,7 +38,7 @@ class NormalEquations:
         if ridge is not None:
             matrix += ridge
         matrix.diagonal()[:damped] += damping
-        inverse, self.rank = scaled_inverse(matrix)
+        inverse, self.rank = scaled_inverse(matrix, columns.dtype)
         self._inverse64 = inverse
         self._inverse = inverse.to(columns.dtype)
 
@@ -81,13 +81,14 @@ def gram64(left: Tensor, right: Tensor) -> Tensor:
     return result
 
 
-def scaled_inverse(matrix: Tensor) -> tuple[Tensor, int]:
+def scaled_inverse(matrix: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, int]:
     """Inverse (or pseudo-inverse) of a positive semi-definite matrix, and its rank.
 
     The matrix is first scaled to unit diagonal; columns that are exactly zero are dropped.
 
     Args:
         matrix: Float64 ``(k, k)``.
+        dtype: Dtype of the data behind it: directions below its rounding are dropped.
 
     Returns:
         The symmetric inverse on the directions kept, and their number.
@@ -97,7 +98,8 @@ def scaled_inverse(matrix: Tensor) -> tuple[Tensor, int]:
     scale = torch.where(diagonal > 0, diagonal.reciprocal(), torch.zeros_like(diagonal))
     scaled = scale[:, None] * matrix * scale
     factor, info = torch.linalg.cholesky_ex(scaled)
-    floor = 8 * k * torch.finfo(torch.float64).eps
+    data = (8 * k**0.5 * torch.finfo(dtype).eps) ** 2
+    floor = max(data, 8 * k * torch.finfo(torch.float64).eps)
     if int(info) == 0 and float(factor.diagonal().min()) ** 2 > floor:
         inverse, rank = torch.cholesky_inverse(factor), k
     else:

@@ -164,6 +164,8 @@ class MultiHead(Model):
 
         Linearised at ``theta``: a change ``dW_Q`` of head ``h`` moves the logits by
         ``scale [A1 1] dW_Q (A2 W_K)^T``, and so on. Invariant to the gauge ``W_Q M, W_K M^-T``.
+        Outputs are measured in the root mean square of the targets, so that the dual norm of a
+        gradient has the unit of the loss in every block.
 
         Returns:
             The right factors of the three blocks.
@@ -184,7 +186,7 @@ class MultiHead(Model):
         return (
             problem.total_weight * key_size,
             keys * self._scale(problem) ** 2 * query_size,
-            keys * out_size,
+            keys * out_size / _mean_square(problem),
         )
 
     def ridge(self, problem: AttentionProblem) -> Ridge | None:
@@ -208,7 +210,8 @@ class MultiHead(Model):
             )
         theta, readout = self.split(problem, problem.center)
         metric = self.natural_metric(problem, theta, readout)
-        strengths = (problem.ridge_x, problem.ridge_x, problem.ridge_y)
+        output = problem.ridge_y * _mean_square(problem)  # the metric measures outputs in its root
+        strengths = (problem.ridge_x, problem.ridge_x, output)
         right = tuple(s * m for s, m in zip(strengths, metric, strict=True))
         columns = Features(problem, self, theta, products=False).columns.double()
         weights = torch.cat([batch.weights.flatten() for batch in problem.batches]).double()
@@ -295,6 +298,11 @@ def pool_kv_heads(weights: Parameters, heads: int, kv_heads: int) -> dict[str, T
         groups = value.unflatten(-1, (kv_heads, heads // kv_heads, -1))
         pooled[name] = groups.mean(dim=-2).flatten(-2)
     return pooled
+
+
+def _mean_square(problem: AttentionProblem) -> float:
+    """Mean squared distance of a target row from the mean row; 1 where that is 0."""
+    return problem.target_norm_squared / problem.total_weight or 1.0
 
 
 def _key_rows(problem: AttentionProblem) -> int:

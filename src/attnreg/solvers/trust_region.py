@@ -159,8 +159,10 @@ class TrustRegion:
         phase = "newton" if self._newton else "gauss-newton"
         if self._newton and (solve.negative is not None or not accepted):
             self._leave_newton()
-        if stalled:
+        if stalled and self._final:
             return Status.STALLED
+        if stalled:
+            self._gain = 0.0  # this stage of the path has nothing more to give
         return self._report(phase, shift, solve.iterations, accepted)
 
     def _solve(self, shift: float) -> Solve:
