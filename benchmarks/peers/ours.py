@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from benchmarks.peers.base import PlantedArrays, Recorder, Status, Trace
@@ -54,9 +54,6 @@ class Ours:
             )
             trace.X, trace.Y, trace.loss = result.X, result.Y, result.loss
             trace.derivatives = result.history[-1].passes if result.history else 0
-            if not result.converged:
-                late = recorder.clock.seconds() >= max_seconds
-                trace.note = "" if late else result.status.text
             return result.status.name
 
         recorder.run(body)
@@ -67,9 +64,9 @@ class Ours:
 
 def _relabel(trace: Trace, max_seconds: float, target_loss: float | None) -> None:
     """Says in the peers' words why `fit` ended; the note keeps its own."""
-    if trace.losses and not torch.isfinite(torch.tensor(trace.losses[-1])):
+    if not math.isfinite(trace.loss):
         trace.status = Status.FAILED
-    elif target_loss is not None and min(trace.losses, default=torch.inf) <= target_loss:
+    elif target_loss is not None and min(trace.losses, default=math.inf) <= target_loss:
         trace.status = Status.TARGET
     elif trace.total_seconds >= max_seconds:
         trace.status = Status.TIME
