@@ -14,7 +14,7 @@ is an iteration of the same loop.
   gradient and vanishes at the solution (heuristic; the tail is quadratic because of it).
 * **Preconditioner and stopping test** live in the natural metric.
 * **Path.** Stages of an extra ridge on the readout; the next stage begins when a step of the
-  current one gains less than ``STAGE_GAIN`` of the objective.
+  current one gains less than ``STAGE_GAIN`` of the objective, or its gradient is within ``tol``.
 
 At the level of rounding the objective can no longer judge a step; there a step is taken when
 it lowers the norm of the gradient, and the loop ends when it does not.
@@ -84,7 +84,6 @@ class Outcome:
     point: Point
     gradient_norm: float
     status: Status
-    metric_rank: int
 
 
 class TrustRegion:
@@ -122,7 +121,7 @@ class TrustRegion:
         self._newton, self._newton_from, self._patience = False, 0, 2
         self._estimate: BlockSolver | None = None
         self._iteration = 0
-        self._norm, self._rank = self._measure(self._point)
+        self._norm = self._measure(self._point)
         self._first_norm = self._norm
 
     def run(self) -> Outcome:
@@ -136,7 +135,7 @@ class TrustRegion:
             status = Status.INTERRUPTED
         if self._point.damping:  # stopped on the path: hand out the problem's own objective
             self._move(Point(self._objective, self._point.features))
-        return Outcome(self._point, self._norm, status, self._rank)
+        return Outcome(self._point, self._norm, status)
 
     # ------------------------------------------------------------------ one iteration
 
@@ -204,16 +203,17 @@ class TrustRegion:
         if not solve.model_change < 0.0:
             self._damping = min(MAX_DAMPING, 4 * max(self._damping, MIN_DAMPING))
             return False, self._damping >= MAX_DAMPING or not self._newton
-        trial = Point(
-            self._objective, self._objective.features(point.theta + solve.direction), point.damping
-        )
+        features = self._objective.features(point.theta + solve.direction)
+        if not bool(features.columns.isfinite().all()):  # logits that overflow
+            self._damping = min(MAX_DAMPING, 4 * max(self._damping, 1e-8))
+            return False, self._damping >= MAX_DAMPING
+        trial = Point(self._objective, features, point.damping)
         change = trial.value - point.value
         ratio = change / solve.model_change if math.isfinite(change) else -1.0
         if -solve.model_change <= rounding and self._final:
             return self._polish(trial, change, rounding)
         if ratio > 0.75:
-            factor = 3.0 if self._stage < len(self._settings.stages) - 1 else 10.0
-            self._damping = max(self._floor, self._damping / factor)
+            self._damping = max(self._floor, self._damping / (10.0 if self._final else 3.0))
         elif ratio < 0.25:
             self._damping = min(MAX_DAMPING, 4 * max(self._damping, 1e-8))
         if not ratio > ACCEPT:
@@ -226,8 +226,7 @@ class TrustRegion:
         """At the level of rounding the gradient judges."""
         if not change <= rounding:
             return False, True
-        norm, _ = self._measure(trial)
-        if not norm < self._norm:
+        if not self._measure(trial) < self._norm:
             return False, True
         self._gain = 0.0
         self._move(trial)
@@ -244,7 +243,7 @@ class TrustRegion:
         return MIN_DAMPING if self._final else self._settings.min_path_damping
 
     def _advance_path(self) -> None:
-        if self._final or self._gain >= STAGE_GAIN:
+        if self._final or (self._gain >= STAGE_GAIN and self._norm > self._settings.tol):
             return
         self._stage += 1
         damping = self._settings.stages[self._stage] * self._unit
@@ -262,13 +261,12 @@ class TrustRegion:
 
     def _move(self, point: Point) -> None:
         self._point, self._estimate = point, None
-        self._norm, self._rank = self._measure(point)
+        self._norm = self._measure(point)
 
-    def _measure(self, point: Point) -> tuple[float, int]:
-        """Relative dual norm of the gradient, and the rank of the metric."""
-        metric = natural_metric(point)
-        target = self._objective.target_norm_squared
-        return metric.dual_norm(point.gradient) / target, metric.rank
+    def _measure(self, point: Point) -> float:
+        """Relative dual norm of the gradient."""
+        norm = natural_metric(point).dual_norm(point.gradient)
+        return norm / self._objective.target_norm_squared
 
     def _report(self, phase: str, shift: float, inner: int, accepted: bool) -> Status | None:
         """Hands out a record; the status if a bound is met."""
