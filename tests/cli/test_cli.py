@@ -189,6 +189,7 @@ def test_ctrl_c_in_a_process(folder):
     """A fit that cannot end by itself: the signal comes once the loop has begun."""
     script = """
 import os, signal, sys, attnreg, attnreg.cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 def fit(*arguments, **options):
     def callback(record):
         if record.iteration == 1:
