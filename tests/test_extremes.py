@@ -43,20 +43,6 @@ def checked(problem, model=None, **options):
     return result
 
 
-@pytest.fixture
-def known_open(request, model, dtype):
-    """Open defects, each an xfail that fails as soon as it is mended."""
-    name = request.node.originalname
-    size = request.node.callspec.params.get("size")
-    is_open = {
-        # The rank of [A1 1] is judged beside the constant column.
-        "test_scaled_inputs": (model, size) == ("heads", 1e-8),
-    }
-    if is_open.get(name, False):
-        request.applymarker(pytest.mark.xfail(strict=True, reason="open defect"))
-
-
-@pytest.mark.usefixtures("known_open")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("model", MODELS)
 class TestEveryModel:
@@ -204,7 +190,6 @@ def test_equal_rows():
     assert result.loss == pytest.approx(float((b[0] - mean).square().sum()), rel=1e-9)
 
 
-@pytest.mark.xfail(strict=True, reason="open: the path measures features with their offset")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_offset_far_from_the_origin(dtype):
     """A large mean common to all rows, as before a layer norm."""

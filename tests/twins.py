@@ -158,8 +158,16 @@ class Twin:
         """Non-linear parameters in the package's order."""
         if isinstance(self.model, Bilinear):
             return p["X"].flatten()
+        p = p | ({"b_Q": p["b_Q"] / self.bias_unit} if "b_Q" in p else {})
         names = [n for n in ("W_Q", "b_Q", "W_K", "W_V") if n in p]
         return torch.cat([p[n].flatten() for n in names])
+
+    @functools.cached_property
+    def bias_unit(self):
+        """Weighted root mean square of the entries of A1."""
+        a1 = torch.cat([s[0] for s in self.sequences])
+        w = torch.cat([s[4] for s in self.sequences])
+        return float((w @ a1.square().mean(1) / w.sum()).sqrt())
 
     def named(self, theta):
         """The inverse of :meth:`flat`, with zeros for ``b_K`` and ``b_V``."""
@@ -171,6 +179,8 @@ class Twin:
             p[name] = theta[start : start + size].view(shapes[name])
             start += size
         assert start == theta.numel()
+        if "b_Q" in p:
+            p["b_Q"] = p["b_Q"] * self.bias_unit
         for name in ("b_K", "b_V"):
             if name in shapes:
                 p[name] = torch.zeros(shapes[name], dtype=theta.dtype)

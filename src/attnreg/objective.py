@@ -65,6 +65,10 @@ class Objective:
         """Attention passes of all features made so far."""
         return self._passes + sum(features.passes for features in self._points)
 
+    def count_passes(self, passes: int) -> None:
+        """Adds passes that were made outside the features."""
+        self._passes += passes
+
     def features(self, theta: Tensor) -> Features:
         """Features at ``theta``, one attention pass."""
         features = Features(self.problem, self.model, theta)
@@ -159,6 +163,10 @@ class Point:
             ``(rows, d_out)``.
         """
         return rows - self._left @ self._normal.apply_inverse(self.features.columns.mT @ rows)
+
+    def apply_readout_inverse(self, matrix: Tensor) -> Tensor:
+        """``M^{-1} matrix`` with the readout's normal matrix ``M``."""
+        return self._normal.apply_inverse(matrix)
 
     @property
     def regularised(self) -> float:

@@ -227,6 +227,43 @@ class Attention:
             self._write(hq, block, change)
         return hq, _rows(hk), _rows(hv)
 
+    def comoments(self, cotangent: Tensor | None) -> Iterator[tuple[Block, Tensor, Tensor | None]]:
+        """Central co-moments of values and keys under the softmax of each row, block by block.
+
+        For one head only. With the softmax ``s`` of a row and its cotangent ``u``::
+
+            D = sum_i s_i (v_i - v_mean) (k_i - k_mean)^T
+            T = sum_i s_i <v_i - v_mean, u> (k_i - k_mean) (k_i - k_mean)^T
+
+        Args:
+            cotangent: ``(b, n, v)``, or None where ``T`` is not wanted.
+
+        Yields:
+            The block, ``D`` ``(sequences, rows, v, e)`` and ``T`` ``(sequences, rows, e, e)`` or
+            None.
+        """
+        e = self.width
+        for i, block in enumerate(self.blocks):
+            s = self._matrix(i)
+            # Moments about the mean over all keys: less is lost when the row's own mean goes.
+            keys = self._key_side(self._keys, block)[..., :e]
+            keys = keys - keys.mean(1, keepdim=True)
+            values = self._key_side(self.values, block)
+            shift = values.mean(1, keepdim=True)
+            mean = torch.bmm(s, keys)
+            products = (values - shift)[..., None] * keys[..., None, :]
+            second = torch.bmm(s, products.flatten(2)).unflatten(2, products.shape[2:])
+            features = self._read(self.features, block) - shift
+            second.sub_(features[..., None] * mean[..., None, :])
+            third = None
+            if cotangent is not None:
+                t = self._centred(self._read(cotangent, block), block).mul_(s)  # rows sum to 0
+                squares = (keys[..., None] * keys[..., None, :]).flatten(2)
+                third = torch.bmm(t, squares).unflatten(2, (e, e))
+                cross = torch.bmm(t, keys)[..., None] * mean[..., None, :]
+                third.sub_(cross).sub_(cross.mT)
+            yield block, second, third
+
     # ------------------------------------------------------------------ one block
 
     def _forward(self, block: Block) -> None:

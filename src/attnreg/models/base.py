@@ -52,6 +52,12 @@ class Layout:
         """Number of features of one row, without the constant."""
         return self.groups * self.repeats * self.value_width
 
+    @property
+    def only_queries_move(self) -> bool:
+        """Whether there is one head, with fixed keys and values, and no constant."""
+        fixed = not (self.keys_move or self.values_move or self.readout_bias)
+        return fixed and self.groups * self.repeats == 1
+
 
 @dataclass(frozen=True)
 class Ridge:
@@ -91,6 +97,10 @@ class Model(ABC):
         self, problem: AttentionProblem, theta: Tensor, readout: Tensor, template: Parameters
     ) -> dict[str, Tensor]:
         """Named parameters of ``theta`` and readout; gauge parameters come from ``template``."""
+
+    @abstractmethod
+    def logit_scale(self, problem: AttentionProblem) -> float:
+        """The problem's logit scale, or the model's default where it has none."""
 
     @abstractmethod
     def project(

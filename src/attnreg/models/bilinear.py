@@ -33,7 +33,7 @@ class Bilinear(Model):
         x = torch.randn(problem.d_query, problem.d_key, generator=generator, dtype=torch.float64)
         query_size = math.sqrt(float(problem.gram_query.trace()) / problem.n_rows)
         key_size = math.sqrt(float(problem.gram_key.trace()) / sum(m for _, m in problem.lengths))
-        size = _scale(problem) * query_size * key_size
+        size = self.logit_scale(problem) * query_size * key_size
         x *= 0.01 / size if size > 0 else 0.0
         y = torch.zeros(problem.d_value, problem.d_out, dtype=problem.dtype)
         return {"X": x.to(problem.dtype).to(problem.device), "Y": y.to(problem.device)}
@@ -56,11 +56,15 @@ class Bilinear(Model):
         """``{"X": ..., "Y": ...}``."""
         return {"X": theta.view(problem.d_query, problem.d_key).clone(), "Y": readout.clone()}
 
+    def logit_scale(self, problem: AttentionProblem) -> float:
+        """The problem's scale; 1 where it has none."""
+        return 1.0 if problem.scale is None else problem.scale
+
     def project(
         self, problem: AttentionProblem, batch: Batch, theta: list[Tensor], *, change: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """``scale A1 X``, ``A2`` and ``A3``."""
-        queries = batch.A1 @ (theta[0] * _scale(problem))
+        queries = batch.A1 @ (theta[0] * self.logit_scale(problem))
         return (queries, None, None) if change else (queries, batch.A2, batch.A3)
 
     def pull_back(
@@ -72,11 +76,11 @@ class Bilinear(Model):
     ) -> None:
         """Adds ``scale A1^T gQ``."""
         a1, gq = batch.A1.flatten(0, 1), gradients[0].flatten(0, 1)
-        out[0].addmm_(a1.mT, gq, alpha=_scale(problem))
+        out[0].addmm_(a1.mT, gq, alpha=self.logit_scale(problem))
 
     def input_moments(self, problem: AttentionProblem) -> tuple[Tensor, ...]:
         """Mean of ``scale^2 a a^T`` over the rows of ``A1``, weighted."""
-        return (problem.gram_query * (_scale(problem) ** 2 / problem.total_weight),)
+        return (problem.gram_query * (self.logit_scale(problem) ** 2 / problem.total_weight),)
 
     def natural_metric(
         self, problem: AttentionProblem, theta: Tensor, readout: Tensor
@@ -100,7 +104,7 @@ class Bilinear(Model):
         shapes = self._shapes(problem)
         zeros = {name: torch.zeros(shape) for name, shape in shapes.items()}
         x0, y0 = checked(problem, zeros | dict(problem.center), shapes)
-        strength = problem.ridge_x * problem.total_weight / _scale(problem) ** 2
+        strength = problem.ridge_x * problem.total_weight / self.logit_scale(problem) ** 2
         right = strength * problem.gram_key[None]
         return Ridge(x0.reshape(-1), (right,), y0, problem.ridge_y * problem.gram_value)
 
@@ -109,7 +113,3 @@ class Bilinear(Model):
             "X": (problem.d_query, problem.d_key),
             "Y": (problem.d_value, problem.d_out),
         }
-
-
-def _scale(problem: AttentionProblem) -> float:
-    return 1.0 if problem.scale is None else problem.scale

@@ -7,13 +7,15 @@ is one, and the last Jacobian product, side by side because the projection needs
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from attnreg.kronecker import split_blocks
-from attnreg.models.attention import CACHE_BYTES, Attention
+from attnreg.models.attention import CACHE_BYTES, Attention, Block
 from attnreg.models.base import Model
-from attnreg.problem import AttentionProblem
+from attnreg.problem import AttentionProblem, Batch
 
 
 class Features:
@@ -107,6 +109,26 @@ class Features:
             gradients = attention.vjp(u, self.layout.keys_move, self.layout.values_move)
             result.append(tuple(g for g in gradients if g is not None))
         return result
+
+    def comoments(
+        self, cotangent: Tensor | None
+    ) -> Iterator[tuple[Batch, int, Block, Tensor, Tensor | None]]:
+        """Co-moments of values and keys under the softmax of each row (see `Attention`).
+
+        Args:
+            cotangent: ``(rows, features)``, or None where the third ones are not wanted.
+
+        Yields:
+            The batch, the first of its rows in :attr:`columns`, and what
+            :meth:`Attention.comoments` yields.
+        """
+        self.passes += 1 if cotangent is None else 2
+        parts = [None] * len(self._attention) if cotangent is None else self._by_batch(cotangent)
+        first = 0
+        for batch, attention, u in zip(self.problem.batches, self._attention, parts, strict=True):
+            for block, second, third in attention.comoments(u):
+                yield batch, first, block, second, third
+            first += batch.B.shape[0] * batch.B.shape[1]
 
     def _inputs_change(self, batch, direction: Tensor):  # type: ignore[no-untyped-def]
         blocks = split_blocks(direction, self.layout.blocks)

@@ -90,7 +90,7 @@ class MultiHead(Model):
         """Checks the weights.
 
         Returns:
-            ``theta`` of ``[W_Q; b_Q], W_K, W_V`` and the readout ``[W_O; b_O + b_V W_O]``.
+            ``theta`` of ``[W_Q; b_Q / c], W_K, W_V`` (``c`` as in :meth:`project`) and the readout ``[W_O; b_O + b_V W_O]``.
 
         Raises:
             ValueError: If a weight is missing, has another shape, or is not finite.
@@ -99,7 +99,7 @@ class MultiHead(Model):
         weights = dict(zip(shapes, checked(problem, parameters, shapes), strict=True))
         query, readout = weights["W_Q"], weights["W_O"]
         if self.bias:
-            query = torch.cat([query, weights["b_Q"][None]])
+            query = torch.cat([query, weights["b_Q"][None] / self._constant(problem)])
             constant = weights["b_O"] + self._repeated(problem, weights["b_V"]) @ readout
             readout = torch.cat([readout, constant[None]])
         blocks = (query, weights["W_K"], weights["W_V"])
@@ -114,19 +114,28 @@ class MultiHead(Model):
         if self.bias:
             b_v = torch.as_tensor(template["b_V"]).to(readout)
             b_o = readout[-1] - self._repeated(problem, b_v) @ readout[:-1]
-            named |= {"W_Q": query[:-1], "b_Q": query[-1], "b_V": b_v, "W_O": readout[:-1]}
+            b_q = query[-1] * self._constant(problem)
+            named |= {"W_Q": query[:-1], "b_Q": b_q, "b_V": b_v, "W_O": readout[:-1]}
             named |= {"b_K": torch.as_tensor(template["b_K"]).to(readout), "b_O": b_o}
         return {name: named[name].clone() for name in self._shapes(problem)}
+
+    def logit_scale(self, problem: AttentionProblem) -> float:
+        """The problem's scale; ``head_dim^-0.5`` where it has none."""
+        return self._widths(problem)[0] ** -0.5 if problem.scale is None else problem.scale
 
     def project(
         self, problem: AttentionProblem, batch: Batch, theta: list[Tensor], *, change: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """``scale (A1 W_Q + b_Q)``, ``A2 W_K`` and ``A3 W_V``, or their changes."""
+        """``scale (A1 W_Q + b_Q)``, ``A2 W_K`` and ``A3 W_V``, or their changes.
+
+        The constant input of ``b_Q`` is not 1 but ``c``, the root mean square of ``A1``, so that
+        inputs of any size have a well-scaled second moment.
+        """
         query, key, value = theta
-        query = query * self._scale(problem)
+        query = query * self.logit_scale(problem)
         if self.bias:
             a1 = batch.A1.flatten(0, 1)
-            queries = torch.addmm(query[-1], a1, query[:-1]).unflatten(0, batch.A1.shape[:2])
+            queries = torch.addmm(query[-1], a1, query[:-1], beta=self._constant(problem)).unflatten(0, batch.A1.shape[:2])
         else:
             queries = batch.A1 @ query
         return queries, batch.A2 @ key, batch.A3 @ value
@@ -138,23 +147,23 @@ class MultiHead(Model):
         gradients: tuple[Tensor, Tensor | None, Tensor | None],
         out: list[Tensor],
     ) -> None:
-        """Adds ``scale [A1 1]^T gQ``, ``A2^T gK`` and ``A3^T gV``."""
+        """Adds ``scale [A1 c]^T gQ``, ``A2^T gK`` and ``A3^T gV``."""
         gq, gk, gv = gradients
         assert gk is not None
         assert gv is not None
         gq = gq.flatten(0, 1)
-        scale = self._scale(problem)
+        scale = self.logit_scale(problem)
         if self.bias:
-            out[0][-1].add_(gq.sum(0), alpha=scale)
+            out[0][-1].add_(gq.sum(0), alpha=scale * self._constant(problem))
         weights = out[0][:-1] if self.bias else out[0]
         weights.addmm_(batch.A1.flatten(0, 1).mT, gq, alpha=scale)
         out[1].addmm_(batch.A2.flatten(0, 1).mT, gk.flatten(0, 1))
         out[2].addmm_(batch.A3.flatten(0, 1).mT, gv.flatten(0, 1))
 
     def input_moments(self, problem: AttentionProblem) -> tuple[Tensor, ...]:
-        """Means over rows for ``scale [A1 1]``, the centred ``A2``, and ``A3``."""
+        """Means over rows for ``scale [A1 c]``, the centred ``A2``, and ``A3``."""
         keys = _key_rows(problem)
-        query = self._gram_query(problem) * (self._scale(problem) ** 2 / problem.total_weight)
+        query = self._gram_query(problem) * (self.logit_scale(problem) ** 2 / problem.total_weight)
         return (query, problem.gram_key_centered / keys, problem.gram_value / keys)
 
     def natural_metric(
@@ -163,7 +172,7 @@ class MultiHead(Model):
         """Size of the logits that changes of queries and keys make, and of the outputs of values.
 
         Linearised at ``theta``: a change ``dW_Q`` of head ``h`` moves the logits by
-        ``scale [A1 1] dW_Q (A2 W_K)^T``, and so on. Invariant to the gauge ``W_Q M, W_K M^-T``.
+        ``scale [A1 c] dW_Q (A2 W_K)^T``, and so on. Invariant to the gauge ``W_Q M, W_K M^-T``.
         Outputs are measured in the root mean square of the targets, so that the dual norm of a
         gradient has the unit of the loss in every block.
 
@@ -185,7 +194,7 @@ class MultiHead(Model):
         keys = _key_rows(problem)
         return (
             problem.total_weight * key_size,
-            keys * self._scale(problem) ** 2 * query_size,
+            keys * self.logit_scale(problem) ** 2 * query_size,
             keys * out_size / _mean_square(problem),
         )
 
@@ -235,8 +244,10 @@ class MultiHead(Model):
             head_dim = problem.d_query // self.heads
         return head_dim, head_dim if self.v_head_dim is None else self.v_head_dim
 
-    def _scale(self, problem: AttentionProblem) -> float:
-        return self._widths(problem)[0] ** -0.5 if problem.scale is None else problem.scale
+    def _constant(self, problem: AttentionProblem) -> float:
+        """Root mean square of ``A1``; 1 where that is 0."""
+        mean_square = float(problem.gram_query.trace()) / problem.total_weight / problem.d_query
+        return mean_square**0.5 or 1.0
 
     def _shapes(self, problem: AttentionProblem) -> dict[str, tuple[int, ...]]:
         e, v = self._widths(problem)
@@ -263,7 +274,9 @@ class MultiHead(Model):
         mean = problem.gram_query.new_zeros(problem.d_query)
         for batch in problem.batches:
             mean += (batch.weights[..., None] * batch.A1).double().sum((0, 1))
-        corner = mean.new_tensor([[problem.total_weight]])
+        constant = self._constant(problem)
+        mean *= constant
+        corner = mean.new_tensor([[problem.total_weight * constant**2]])
         top = torch.cat([problem.gram_query, mean[:, None]], dim=1)
         return torch.cat([top, torch.cat([mean[None], corner], dim=1)])
 

@@ -1,6 +1,7 @@
 """The one loop: a damped Newton method on the reduced objective.
 
-Each iteration solves ``(H + damping I) d = -g`` inexactly by preconditioned conjugate gradients
+Each iteration solves ``(H + damping I) d = -g``, by a dense factorisation where the matrix is
+cheaper than the products it saves and inexactly by preconditioned conjugate gradients elsewhere,
 and compares the change of the objective with the change that the quadratic model predicted
 (Levenberg 1944, Marquardt 1963, More 1978; inexact steps after Steihaug 1983). A rejected step
 is an iteration of the same loop.
@@ -13,8 +14,10 @@ is an iteration of the same loop.
   steps stay in the directions with variance. In the Newton phase it is scaled by the relative
   gradient and vanishes at the solution (heuristic; the tail is quadratic because of it).
 * **Preconditioner and stopping test** live in the natural metric.
+* **Screening.** A cold start with few effective dimensions is chosen among many.
 * **Path.** Stages of an extra ridge on the readout; the next stage begins when a step of the
   current one gains less than ``STAGE_GAIN`` of the objective, or its gradient is within ``tol``.
+  Where the path ends above the start's own value, the loop goes on from the start instead.
 
 At the level of rounding the objective can no longer judge a step; there a step is taken when
 it lowers the norm of the gradient, and the loop ends when it does not.
@@ -30,10 +33,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from attnreg.curvature.dense import (
+    assemble_gauss_newton,
+    assemble_hessian,
+    assembly_cost,
+)
 from attnreg.curvature.preconditioner import BlockSolver, gauss_newton_estimate, natural_metric
-from attnreg.linear_solve.cg import Solve, conjugate_gradients
+from attnreg.linear_solve.cg import conjugate_gradients
+from attnreg.linear_solve.cholesky import DenseSolver
+from attnreg.linear_solve.solve import Solve
 from attnreg.objective import Objective, Point
 from attnreg.solvers.records import IterationRecord, Status
+from attnreg.solvers.screening import is_worth_screening, screen
 
 STAGE_GAIN = 1e-2
 """A stage of the path ends when a step gains less than this share of the objective."""
@@ -49,6 +60,13 @@ MIN_FORCING = 1e-4
 
 MAX_INNER = 200
 """Largest number of products of a linear solve."""
+
+DENSE_COST = 10.0
+"""The curvature is assembled where that costs at most this many products, or as many as the last
+solve by conjugate gradients took."""
+
+MAX_DENSE_SIZE = 4096
+"""Largest number of parameters for which a dense matrix is formed."""
 
 ACCEPT = 1e-4
 """Smallest ratio of actual to predicted decrease at which a step is taken."""
@@ -116,10 +134,18 @@ class TrustRegion:
         self._unit = power / columns.shape[1]
         self._stage = 0
         self._point = Point(objective, features, settings.stages[0] * self._unit)
+        self._start, self._start_value = theta, self._point.value
+        if self._point.damping:
+            self._start_value = Point(objective, features).value
         self._damping = settings.damping
         self._gain = math.inf  # share of the objective that the last step gained
         self._newton, self._newton_from, self._patience = False, 0, 2
         self._estimate: BlockSolver | None = None
+        layout = objective.layout
+        assemble = layout.only_queries_move and layout.size <= MAX_DENSE_SIZE
+        self._assembly_cost = assembly_cost(self._point) if assemble else math.inf
+        self._dense: tuple[bool, DenseSolver] | None = None  # of the current point; exact or not
+        self._last_products = 0
         self._iteration = 0
         self._norm = self._measure(self._point)
         self._first_norm = self._norm
@@ -129,6 +155,8 @@ class TrustRegion:
         status = None
         try:
             status = self._report("start", 0.0, 0, accepted=True)
+            if status is None and not self._final and is_worth_screening(self._objective):
+                status = self._screen()
             while status is None:
                 status = self._iterate()
         except KeyboardInterrupt:
@@ -136,6 +164,16 @@ class TrustRegion:
         if self._point.damping:  # stopped on the path: hand out the problem's own objective
             self._move(Point(self._objective, self._point.features))
         return Outcome(self._point, self._norm, status)
+
+    def _screen(self) -> Status | None:
+        """Leaves the path where one of many starts has found a better basin."""
+        screened = screen(self._objective, self._start, self._generator, self._out_of_time)
+        self._objective.count_passes(screened.passes)
+        self._iteration += 1
+        if screened.theta is not None:
+            self._stage = len(self._settings.stages) - 1
+            self._move(Point(self._objective, self._objective.features(screened.theta)))
+        return self._report("screening", 0.0, 0, accepted=screened.theta is not None)
 
     # ------------------------------------------------------------------ one iteration
 
@@ -167,15 +205,26 @@ class TrustRegion:
     def _solve(self, shift: float) -> Solve:
         point, estimate = self._point, self._estimate
         assert estimate is not None
+        if self._assembly_cost <= max(DENSE_COST, self._last_products):
+            return self._solve_dense(shift)
         forcing = FORCING
         if self._newton:
             forcing = min(FORCING, max(MIN_FORCING, self._norm / self._first_norm))
         product = point.hessian if self._newton else point.gauss_newton
         floor = MIN_DAMPING * estimate.mean_eigenvalue
         precondition = estimate.inverse(max(shift, floor))
-        return conjugate_gradients(
+        solve = conjugate_gradients(
             product, point.gradient, precondition, shift, forcing, MAX_INNER, self._out_of_time
         )
+        self._last_products = solve.iterations
+        return solve
+
+    def _solve_dense(self, shift: float) -> Solve:
+        """The matrix of a point is kept: a rejected step changes the damping only."""
+        if self._dense is None or self._dense[0] != self._newton:
+            assemble = assemble_hessian if self._newton else assemble_gauss_newton
+            self._dense = (self._newton, DenseSolver(assemble(self._point)))
+        return self._dense[1].solve(self._point.gradient, shift)
 
     def _out_of_time(self) -> bool:
         limit = self._settings.max_seconds
@@ -249,6 +298,8 @@ class TrustRegion:
         damping = self._settings.stages[self._stage] * self._unit
         self._move(Point(self._objective, self._point.features, damping))
         self._gain = math.inf
+        if self._final and self._point.value > self._start_value:  # the path led astray
+            self._move(Point(self._objective, self._objective.features(self._start)))
 
     def _choose_curvature(self) -> None:
         if self._final and self._gain < NEWTON_GAIN and self._iteration >= self._newton_from:
@@ -260,7 +311,7 @@ class TrustRegion:
         self._patience *= 2
 
     def _move(self, point: Point) -> None:
-        self._point, self._estimate = point, None
+        self._point, self._estimate, self._dense = point, None, None
         self._norm = self._measure(point)
 
     def _measure(self, point: Point) -> float:

@@ -1,0 +1,118 @@
+r"""The reduced curvature as a dense matrix, for models in which only the queries move.
+
+With inputs ``a`` (a row of ``scale A1``), co-moments ``D`` and ``T`` of values and keys under the
+softmax of the row, ``C = O^T D``, features ``f``, residual ``r`` and weight ``w``::
+
+    K = sum w (a a^T) (x) (C^T C + T)
+    E[(k, o), (p, q)] = sum w a_p (f_k C[o, q] + D[k, q] r_o)
+    Hessian = 2 K - 2 E^T (M^{-1} (x) I) E  + ridge
+
+and Gauss-Newton without ``T`` and without the second term of ``E``. Each sum over the rows is one
+matrix product; in the first both factors are symmetric, so only their upper triangles enter.
+The cost is ``O(n^2 d^2 + n d^4 + d^6)`` for ``n`` rows, once a point, where a product costs
+``O(n^2 d + n d^2)``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnreg.objective import Point
+
+
+def assembly_cost(point: Point) -> float:
+    """Floating-point operations of :func:`assemble_hessian` over those of one product."""
+    objective = point.objective
+    rows, d_out = objective.targets.shape
+    d, e = objective.layout.blocks[0].rows, objective.layout.blocks[0].width
+    v = objective.layout.features
+    keys = max(length for _, length in objective.problem.lengths)
+    moments = rows * keys * e * (v + e)
+    sums = rows * d * e * (d * e / 4 + 2 * v * d_out)
+    schur = v * d_out * (d * e) ** 2
+    product = rows * keys * (3 * e + 3 * v) + rows * (3 * v * d_out + 3 * d * e)
+    return (moments + sums + schur) / product
+
+
+def assemble_gauss_newton(point: Point) -> Tensor:
+    """The reduced Gauss-Newton matrix, ``(size, size)``."""
+    return _assemble(point, exact=False)
+
+
+def assemble_hessian(point: Point) -> Tensor:
+    """The reduced exact Hessian, ``(size, size)``."""
+    return _assemble(point, exact=True)
+
+
+def _assemble(point: Point, *, exact: bool) -> Tensor:
+    objective, features = point.objective, point.features
+    layout, theta = objective.layout, point.theta
+    d, e = layout.blocks[0].rows, layout.blocks[0].width
+    v, d_out = point.coupling.shape
+    upper_d, upper_e = _Upper(d, theta.device), _Upper(e, theta.device)
+    kron = theta.new_zeros((upper_d.count, upper_e.count))
+    slope = theta.new_zeros((v * d, d_out * e))
+    residual_slope = theta.new_zeros((v * e, d_out * d))
+    cotangent = point.residual @ point.coupling.mT if exact else None
+    scale = objective.model.logit_scale(objective.problem)
+    for batch, first, block, second, third in features.comoments(cotangent):
+        n = batch.A1.shape[1]
+        sequences = torch.arange(block.b0, block.b1, device=theta.device)[:, None]
+        rows = torch.arange(block.n0, block.n1, device=theta.device)
+        index = (first + sequences * n + rows).flatten()
+        inputs = batch.A1[block.b0 : block.b1, block.n0 : block.n1].flatten(0, 1) * scale
+        second = second.flatten(0, 1)
+        change = point.coupling.mT @ second  # C
+        right = change.mT @ change
+        if third is not None:
+            right += third.flatten(0, 1)
+        weighted = inputs
+        if objective.weights is not None:
+            weighted = inputs * objective.weights[index]
+        squares = upper_d.pack(weighted[:, :, None] * inputs[:, None, :])
+        kron.addmm_(squares.mT, upper_e.pack(right))
+        columns = features.columns[index, :v]
+        slope.addmm_(_outer(columns, weighted).mT, change.flatten(1))
+        if exact:
+            pairs = _outer(point.residual[index], weighted)
+            residual_slope.addmm_(second.flatten(1).mT, pairs)
+    full = kron[upper_d.position][:, upper_e.position].view(d, d, e, e)
+    matrix = full.permute(0, 2, 1, 3).reshape(d * e, d * e)
+    slope = slope.view(v, d, d_out, e).permute(0, 2, 1, 3)
+    if exact:
+        slope = slope + residual_slope.view(v, e, d_out, d).permute(0, 2, 3, 1)
+    slope = slope.reshape(v, d_out * d * e)
+    projected = point.apply_readout_inverse(slope)
+    shape = (v * d_out, d * e)
+    matrix.addmm_(slope.view(shape).mT, projected.view(shape), alpha=-1.0)
+    matrix = matrix + matrix.mT  # twice the symmetric part
+    if objective.ridge is not None:
+        ridge = objective.ridge.right[0][0].to(theta.dtype)
+        matrix += 2.0 * torch.kron(objective.left[0].matrix, ridge)
+    return matrix
+
+
+class _Upper:
+    """Symmetric ``(size, size)`` matrices packed as their upper triangles.
+
+    Attributes:
+        count: Entries of a packed matrix.
+        position: Where each entry of the full matrix, row by row, is in the packed one.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        rows, columns = torch.triu_indices(size, size, device=device)
+        self._flat, self.count = rows * size + columns, rows.shape[0]
+        position = torch.empty((size, size), dtype=torch.long, device=device)
+        position[rows, columns] = torch.arange(self.count, device=device)
+        position[columns, rows] = position[rows, columns]
+        self.position = position.flatten()
+
+    def pack(self, matrices: Tensor) -> Tensor:
+        """``(rows, size, size)`` as ``(rows, count)``."""
+        return matrices.flatten(1).index_select(1, self._flat)
+
+
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    return (left[:, :, None] * right[:, None, :]).flatten(1)

@@ -1,0 +1,66 @@
+"""Dense solves of the damped Newton system, with the answer of the conjugate gradients.
+
+The matrix is scaled to unit diagonal and factored by Cholesky. Where that meets a pivot that is
+not safely positive, an eigendecomposition decides: directions whose curvature is zero at the
+level of rounding are left out, and negative curvature is handed back to the caller.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnreg.linear_solve.solve import Solve
+
+
+class DenseSolver:
+    """Solves ``(H + damping I) d = -g`` for any number of dampings.
+
+    Args:
+        matrix: ``H``, symmetric, ``(size, size)``.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self._matrix = matrix
+
+    def solve(self, gradient: Tensor, damping: float) -> Solve:
+        """The minimiser of ``g . d + d . (H + damping I) d / 2`` where there is one.
+
+        Args:
+            gradient: ``g``, flat.
+            damping: Non-negative multiple of the identity.
+
+        Returns:
+            The direction; with negative curvature the minimiser over the other directions, and
+            the most negative one beside it.
+        """
+        size = gradient.shape[0]
+        shifted = self._matrix.clone()
+        shifted.diagonal().add_(damping)
+        diagonal = shifted.diagonal().clamp_min(0.0).sqrt()
+        scale = torch.where(diagonal > 0.0, diagonal.reciprocal(), torch.ones_like(diagonal))
+        scaled = scale[:, None] * shifted * scale
+        right = -(scale * gradient)
+        floor = 8 * size * torch.finfo(gradient.dtype).eps
+        factor, info = torch.linalg.cholesky_ex(scaled)
+        if int(info) == 0 and float(factor.diagonal().min()) ** 2 > floor:
+            direction = torch.cholesky_solve(right[:, None], factor)[:, 0]
+            return self._answer(gradient, scale * direction)
+        values, vectors = torch.linalg.eigh(scaled)
+        largest = float(values.abs().max())
+        kept = values > floor * largest
+        basis = vectors[:, kept]
+        direction = basis @ ((basis.mT @ right) / values[kept])
+        negative = None
+        if float(values[0]) < -floor * largest:
+            negative = scale * vectors[:, 0]
+            if float(gradient @ negative) > 0.0:
+                negative = -negative
+        return self._answer(gradient, scale * direction, negative)
+
+    def _answer(self, gradient: Tensor, direction: Tensor, negative: Tensor | None = None) -> Solve:
+        change = float(gradient @ direction) + 0.5 * float(direction @ (self._matrix @ direction))
+        if negative is None:
+            return Solve(direction, 0, change, converged=True)
+        curvature = float(negative @ (self._matrix @ negative))
+        return Solve(direction, 0, change, False, negative, curvature)

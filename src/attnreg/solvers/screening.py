@@ -1,0 +1,222 @@
+"""Many short stochastic runs at once, to choose the start of a cold fit.
+
+Ill-conditioned inputs leave few directions with variance, and a problem of few dimensions has
+many local minima: the regularisation path ends in one of them. Short runs of Adam (Kingma and Ba
+2015) on single sequences tell the starts apart: some fall to a fraction of the others' loss
+within some hundred steps, the rest never do. So many starts run side by side, all in the same
+batched matrix products, for a few rounds; the first that separates is handed to the Newton loop.
+Where none does, there is no choice and the path goes on as without this phase.
+
+Measured, not proven (``benchmarks/planted.py``): on planted problems with inputs over 1.5 to 3
+decades one start in four separates within a round; with well-conditioned inputs of 32 dimensions
+one in sixty, where the path succeeds. The phase is therefore tried only where the inputs have few
+effective dimensions.
+
+Each start works in random orthonormal coordinates of its own: Adam scales single coordinates, and
+in the eigenbasis of the inputs that would undo the variance which should lead. Steps are in units
+of the logits and of the targets, so that the scale of the inputs does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnreg.objective import Objective
+from attnreg.problem import Batch
+
+STARTS = 16
+ROUNDS = 4
+STEPS = 300
+"""Starts side by side, rounds of fresh starts, and steps of a round."""
+
+ROWS = 64
+"""Query rows of one sequence in one step."""
+
+FIRST_CHECK, CHECK_INTERVAL = 150, 50
+
+SEPARATION = 0.5
+"""A start has separated when its loss is below this share of the median start's."""
+
+MAX_DIMENSIONS = 12.0
+"""Effective dimensions of the keys up to which the phase is tried."""
+
+MAX_WIDTH = 128
+"""Width of the inputs up to which the phase is tried: each start has matrices of its own."""
+
+START_LOGITS, LOGIT_STEP, TARGET_STEP = 0.6, 0.2, 0.04
+"""Standard deviation of a start's logits, and the rates, both in units of the data."""
+
+MOMENTUM, SECOND, SMOOTHING = 0.9, 0.999, 0.98
+
+
+@dataclass(frozen=True)
+class Screened:
+    """What the phase found.
+
+    Attributes:
+        theta: The start that separated, or None.
+        starts: Starts tried.
+        passes: Attention passes spent, in passes over all rows.
+    """
+
+    theta: Tensor | None
+    starts: int
+    passes: int
+
+
+def is_worth_screening(objective: Objective) -> bool:
+    """Whether only the queries move, and keys and queries have few effective dimensions."""
+    layout, problem = objective.layout, objective.problem
+    width = max(problem.d_query, problem.d_key, problem.d_value)
+    if not layout.only_queries_move or width > MAX_WIDTH or objective.ridge is not None:
+        return False
+    dimensions = effective_dimensions(problem.gram_key_centered)
+    return 1.0 < dimensions <= MAX_DIMENSIONS
+
+
+def effective_dimensions(gram: Tensor) -> float:
+    """Participation ratio ``(trace G)^2 / trace(G^2)`` of a second moment; 0 where it is 0."""
+    square = float(gram.square().sum())
+    return float(gram.trace()) ** 2 / square if square > 0.0 else 0.0
+
+
+def screen(
+    objective: Objective,
+    theta: Tensor,
+    generator: torch.Generator,
+    out_of_time: Callable[[], bool],
+) -> Screened:
+    """Runs rounds of random starts, with ``theta`` among them, until one separates.
+
+    Args:
+        objective: What is minimised; only queries may move.
+        theta: The start that was given: one of each round.
+        generator: Source of starts, coordinates and samples.
+        out_of_time: Asked now and then; a true answer ends the phase.
+
+    Returns:
+        The start that separated, if one did, and what was spent.
+    """
+    rows, starts = 0, 0
+    found = None
+    for _ in range(ROUNDS):
+        race = _Race(objective, theta, generator)
+        found = race.run(out_of_time)
+        rows += race.rows
+        starts += STARTS
+        if found is not None or out_of_time():
+            break
+    passes = -(-3 * rows // objective.targets.shape[0])  # one forward, two products back
+    return Screened(None if found is None else found.to(theta).flatten(), starts, passes)
+
+
+class _Race:
+    """One round: float32, all starts in one leading dimension."""
+
+    def __init__(self, objective: Objective, theta: Tensor, generator: torch.Generator) -> None:
+        problem = self._problem = objective.problem
+        self._generator, self._device = generator, theta.device
+        self.rows = 0
+        self._scale = objective.model.logit_scale(problem)
+        keys = sum(m for _, m in problem.lengths)
+        query_size = (float(problem.gram_query.trace()) / problem.total_weight) ** 0.5
+        key_size = (float(problem.gram_key_centered.trace()) / keys) ** 0.5
+        value_size = (float(problem.gram_value.trace()) / keys) ** 0.5
+        target_size = (objective.target_norm_squared / problem.total_weight / problem.d_out) ** 0.5
+        logit_size = self._scale * query_size * key_size or 1.0
+        self._rates = (LOGIT_STEP / logit_size, TARGET_STEP * target_size / (value_size or 1.0))
+        widths = (problem.d_query, problem.d_key, problem.d_value)
+        self._bases = [torch.linalg.qr(self._normal(d, d)).Q for d in widths]
+        x = self._normal(*widths[:2]) * (START_LOGITS / logit_size)
+        x[0] = theta.view(widths[:2])
+        y = torch.zeros(STARTS, problem.d_value, problem.d_out, device=self._device)
+        self._parameters = [x, y]
+        self._first = [torch.zeros_like(p) for p in self._parameters]
+        self._second = [torch.zeros_like(p) for p in self._parameters]
+        self._loss = torch.zeros(STARTS, device=self._device)
+        sizes = [float(b.B.shape[0]) for b in problem.batches]
+        self._batches = [_single(batch) for batch in problem.batches]
+        self._chances = torch.tensor(sizes)
+
+    def run(self, out_of_time: Callable[[], bool]) -> Tensor | None:
+        """``X`` of the start that separated, or None."""
+        for step in range(1, STEPS + 1):
+            self._step(step)
+            if step % CHECK_INTERVAL:
+                continue
+            if step >= FIRST_CHECK:
+                best = int(self._loss.argmin())
+                if float(self._loss[best]) < SEPARATION * float(self._loss.median()):
+                    return self._parameters[0][best]
+            if out_of_time():
+                break
+        return None
+
+    def _step(self, step: int) -> None:
+        q, k, v, b, w, bias = self._sample()
+        x, y = self._parameters
+        z = torch.bmm(torch.bmm(q, x), k.mT)
+        if bias is not None:
+            z += bias
+        s = torch.softmax(z, dim=-1)
+        f = torch.bmm(s, v)
+        residual = torch.bmm(f, y).sub_(b)
+        weighted = residual * w
+        share = (weighted * residual).sum((1, 2)) / (w * b * b).sum((1, 2)).clamp_min(1e-30)
+        self._loss.lerp_(share, 1 - SMOOTHING if step > 1 else 1.0)
+        u = torch.bmm(weighted, y.mT)
+        e = torch.bmm(u, v.mT).sub_((u * f).sum(-1, keepdim=True)).mul_(s)
+        gradients = (torch.bmm(q.mT, torch.bmm(e, k)), torch.bmm(f.mT, weighted))
+        query, key, value = self._bases
+        self._move(0, step, torch.bmm(torch.bmm(query.mT, gradients[0]), key), query, key)
+        self._move(1, step, torch.bmm(value.mT, gradients[1]), value, None)
+
+    def _move(self, i: int, step: int, gradient: Tensor, left: Tensor, right: Tensor | None) -> None:
+        """One step of Adam in the coordinates ``left``, ``right``."""
+        first, second = self._first[i], self._second[i]
+        first.lerp_(gradient, 1 - MOMENTUM)
+        second.mul_(SECOND).addcmul_(gradient, gradient, value=1 - SECOND)
+        size = (second / (1 - SECOND**step)).sqrt_()
+        change = torch.bmm(left, first / size.clamp_min_(1e-30))
+        if right is not None:
+            change = torch.bmm(change, right.mT)
+        self._parameters[i].sub_(change, alpha=self._rates[i] / (1 - MOMENTUM**step))
+
+    def _sample(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """For each start a window of query rows of a random sequence, all of one batch."""
+        chosen = 0
+        if len(self._batches) > 1:
+            chosen = int(torch.multinomial(self._chances, 1, generator=self._generator))
+        a1, a2, a3, b, w, bias, causal = self._batches[chosen]
+        sequences, n = a1.shape[:2]
+        index = torch.randint(0, sequences, (STARTS,), generator=self._generator)
+        begin = int(torch.randint(0, max(1, n - ROWS + 1), (1,), generator=self._generator))
+        end = min(n, begin + ROWS)
+        index = index.to(self._device)
+        additive = None
+        if bias is not None:
+            additive = bias if bias.shape[0] == 1 else bias[index]
+            additive = additive if additive.shape[1] == 1 else additive[:, begin:end]
+        if causal:
+            rows = torch.arange(begin, end, device=self._device)[:, None]
+            later = torch.arange(a2.shape[1], device=self._device) > rows
+            hidden = torch.zeros(later.shape, device=self._device).masked_fill_(later, -torch.inf)
+            additive = hidden[None] if additive is None else additive + hidden
+        self.rows += STARTS * (end - begin)
+        q = a1[index, begin:end] * self._scale
+        return q, a2[index], a3[index], b[index, begin:end], w[index, begin:end], additive
+
+    def _normal(self, *shape: int) -> Tensor:
+        return torch.randn((STARTS, *shape), generator=self._generator).to(self._device)
+
+
+def _single(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, bool]:
+    """A batch in float32."""
+    tensors = (batch.A1, batch.A2, batch.A3, batch.B, batch.weights[..., None])
+    a1, a2, a3, b, w = (tensor.float() for tensor in tensors)
+    bias = None if batch.bias is None else batch.bias.float()
+    return a1, a2, a3, b, w, bias, batch.causal

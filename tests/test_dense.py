@@ -1,0 +1,97 @@
+"""The assembled curvature against autograd of the slow twin, and the dense solve."""
+
+import pytest
+import torch
+
+from attnreg.curvature.dense import (
+    assemble_gauss_newton,
+    assemble_hessian,
+    assembly_cost,
+)
+from attnreg.linear_solve.cg import conjugate_gradients
+from attnreg.linear_solve.cholesky import DenseSolver
+from attnreg.models import Bilinear, MultiHead, attention
+from tests.cases import CASES, twin
+from tests.test_objective import point_of
+from tests.twins import normal, relative
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_assembled_matrices_are_the_twins(case):
+    t = twin(case, "bilinear")
+    point = point_of(t)
+    identity = torch.eye(point.theta.numel(), dtype=torch.float64)
+    hessian = torch.stack([t.hessian_product(point.theta, e) for e in identity])
+    assert relative(assemble_hessian(point), hessian) < 1e-10
+    assert relative(assemble_gauss_newton(point), t.gauss_newton(point.theta)) < 1e-10
+
+
+def test_blocks_of_rows_and_an_offset_change_nothing(monkeypatch):
+    t = twin("ragged, causal, ridges", "bilinear")
+    whole = assemble_hessian(point_of(t))
+    monkeypatch.setattr(attention, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(attention, "CACHE_BYTES", 0)
+    assert relative(assemble_hessian(point_of(t)), whole) < 1e-12
+
+
+def test_only_moving_queries_can_be_assembled():
+    problem = twin("batch", "bilinear").case.problem()
+    assert Bilinear().layout(problem).only_queries_move
+    assert not MultiHead(1, 1, 3, bias=False).layout(problem).only_queries_move
+    assert assembly_cost(point_of(twin("batch", "bilinear"))) > 0
+
+
+def positive(size, seed=0):
+    a = normal(size, size, seed=seed)
+    return a @ a.T + 0.1 * torch.eye(size, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.7])
+def test_dense_solve_is_the_minimiser_and_agrees_with_cg(damping):
+    matrix, gradient = positive(7), normal(7, seed=1)
+    solve = DenseSolver(matrix).solve(gradient, damping)
+    shifted = matrix + damping * torch.eye(7, dtype=torch.float64)
+    expected = torch.linalg.solve(shifted, -gradient)
+    assert relative(solve.direction, expected) < 1e-12
+    assert solve.converged
+    assert solve.negative is None
+    by_hand = float(gradient @ expected + expected @ matrix @ expected / 2)
+    assert solve.model_change == pytest.approx(by_hand, rel=1e-12)
+    product, nothing = (lambda v: matrix @ v), (lambda v: v)
+    iterative = conjugate_gradients(product, gradient, nothing, damping, 1e-12, 100)
+    assert relative(solve.direction, iterative.direction) < 1e-9
+    assert solve.model_change == pytest.approx(iterative.model_change, rel=1e-9)
+
+
+def test_null_directions_are_left_out():
+    basis = torch.linalg.qr(normal(6, 6)).Q[:, :4]
+    scale = torch.logspace(0, -12, 6, dtype=torch.float64)  # also badly scaled
+    matrix = scale[:, None] * (basis @ positive(4) @ basis.T) * scale
+    gradient = matrix @ normal(6, seed=3)
+    solve = DenseSolver(matrix).solve(gradient, 0.0)
+    assert solve.converged
+    assert solve.negative is None
+    remainder = (matrix @ solve.direction + gradient) / scale
+    assert float(remainder.norm()) < 1e-10 * float((gradient / scale).norm())
+    assert solve.direction.isfinite().all()
+
+
+def test_negative_curvature_is_handed_back_downhill():
+    rotation = torch.linalg.qr(normal(5, 5)).Q
+    matrix = rotation @ torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.5, -0.4]).double()) @ rotation.T
+    gradient = normal(5, seed=4)
+    solve = DenseSolver(matrix).solve(gradient, 0.1)
+    p = solve.negative
+    assert not solve.converged
+    assert float(p @ matrix @ p) == pytest.approx(solve.negative_curvature, rel=1e-12)
+    assert solve.negative_curvature < 0
+    assert float(gradient @ p) <= 0
+    assert solve.model_change < 0
+    healed = DenseSolver(matrix).solve(gradient, 1.0)
+    assert healed.negative is None
+
+
+def test_zero_matrix_gives_no_step():
+    solve = DenseSolver(torch.zeros(3, 3).double()).solve(normal(3), 0.0)
+    assert not solve.direction.any()
+    assert solve.model_change == 0.0
