@@ -106,10 +106,12 @@ def test_gradient_norm_is_what_the_documentation_says(iterations):
 def test_tail_is_quadratic():
     history = fit(NOISY, tol=1e-13).history
     assert history[-1].phase == "newton"
-    norms = [record.gradient_norm for record in history if record.phase == "newton"]
-    assert len(norms) >= 2
-    # Order 1.7 or more from step to step, down to rounding (1e-15 is a few ulp of the gradient).
-    assert all(b < max(a**1.7, 1e-15) for a, b in itertools.pairwise(norms[-3:]))
+    newton = [record.iteration for record in history if record.phase == "newton"]
+    norms = [record.gradient_norm for record in history[newton[0] - 1 :]]
+    assert len(norms) >= 3
+    # One constant for all steps, down to rounding (1e-15 is a few ulp of the gradient). Measured:
+    # 340 and 570 from 4e-6 on; a linear tail would pass 1e5 at the second step.
+    assert all(b < max(3000 * a**2, 1e-15) for a, b in itertools.pairwise(norms[-3:]))
 
 
 @pytest.mark.parametrize("model", [Bilinear(), HEADS])
@@ -133,7 +135,7 @@ def test_ridges_towards_a_centre(model):
 
 def test_float32_finds_the_minimum_of_float64():
     exact = fit(NOISY)
-    result = fit(NOISY.to(torch.float32), tol=1e-5)
+    result = fit(NOISY.to(torch.float32), tol=1e-6)
     assert result.converged
     assert result.X.dtype == result.Y.dtype == torch.float32
     assert result.loss == pytest.approx(exact.loss, rel=1e-5)
@@ -169,7 +171,8 @@ def test_history():
     assert [record.iteration for record in history] == list(range(len(history)))
     first = history[0]
     assert (first.phase, first.accepted, first.inner_iterations) == ("start", True, 0)
-    assert {record.phase for record in history[1:]} == {"gauss-newton", "newton"}
+    assert history[1].phase == "screening"
+    assert {record.phase for record in history[2:]} == {"gauss-newton", "newton"}
     for name in ("seconds", "passes"):
         values = [getattr(record, name) for record in history]
         assert all(a <= b for a, b in itertools.pairwise(values)), name
@@ -238,9 +241,10 @@ def test_no_iteration_at_all_gives_the_best_readout_of_the_start():
 
 
 def test_ended_on_the_path_the_readout_is_still_the_best_one():
-    result = fit(NOISY, max_iterations=2)
+    problem = NOISY.replace(ridge_x=1e-9)  # no race of starts with a ridge
+    result = fit(problem, max_iterations=2)
     assert result.history[-1].path > 0
-    objective = Objective(NOISY, Bilinear())
+    objective = Objective(problem, Bilinear())
     point = Point(objective, objective.features(result.X.flatten()))
     assert result.loss == pytest.approx(point.loss, rel=1e-10)
     assert relative(result.Y, point.readout) < 1e-8
@@ -260,7 +264,7 @@ def test_callback_stops():
     assert_honest(result, NOISY)
 
 
-@pytest.mark.parametrize("at", [0, 1, 14])
+@pytest.mark.parametrize("at", [0, 1, 4])
 def test_interrupt_from_the_callback(at):
     def interrupt(record):
         if record.iteration == at:

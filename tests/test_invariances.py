@@ -130,6 +130,7 @@ def test_a_batch_is_its_sequences(case, model):
     parts = []
     for i in range(problem.n_sequences):
         alone = problem.subset([i])
+        theta, _ = t.model.split(alone, t.random(0))
         parts.append(Features(alone, t.model, theta).columns)
     assert relative(whole, torch.cat(parts)) < 1e-13
 

@@ -90,7 +90,8 @@ class MultiHead(Model):
         """Checks the weights.
 
         Returns:
-            ``theta`` of ``[W_Q; b_Q / c], W_K, W_V`` (``c`` as in :meth:`project`) and the readout ``[W_O; b_O + b_V W_O]``.
+            ``theta`` of ``[W_Q; b_Q / c], W_K, W_V`` (``c`` as in :meth:`project`) and the
+            readout ``[W_O; b_O + b_V W_O]``.
 
         Raises:
             ValueError: If a weight is missing, has another shape, or is not finite.
@@ -126,16 +127,21 @@ class MultiHead(Model):
     def project(
         self, problem: AttentionProblem, batch: Batch, theta: list[Tensor], *, change: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """``scale (A1 W_Q + b_Q)``, ``A2 W_K`` and ``A3 W_V``, or their changes.
+        """Queries, keys and values; with ``change`` their changes, the same linear maps.
 
         The constant input of ``b_Q`` is not 1 but ``c``, the root mean square of ``A1``, so that
         inputs of any size have a well-scaled second moment.
+
+        Returns:
+            ``scale (A1 W_Q + b_Q)``, ``A2 W_K`` and ``A3 W_V``.
         """
         query, key, value = theta
         query = query * self.logit_scale(problem)
         if self.bias:
             a1 = batch.A1.flatten(0, 1)
-            queries = torch.addmm(query[-1], a1, query[:-1], beta=self._constant(problem)).unflatten(0, batch.A1.shape[:2])
+            queries = torch.addmm(
+                query[-1], a1, query[:-1], beta=self._constant(problem)
+            ).unflatten(0, batch.A1.shape[:2])
         else:
             queries = batch.A1 @ query
         return queries, batch.A2 @ key, batch.A3 @ value

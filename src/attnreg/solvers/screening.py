@@ -3,12 +3,12 @@
 Ill-conditioned inputs leave few directions with variance, and a problem of few dimensions has
 many local minima: the regularisation path ends in one of them. Short runs of Adam (Kingma and Ba
 2015) on single sequences tell the starts apart: some fall to a fraction of the others' loss
-within some hundred steps, the rest never do. So many starts run side by side, all in the same
-batched matrix products, for a few rounds; the first that separates is handed to the Newton loop.
-Where none does, there is no choice and the path goes on as without this phase.
+within some hundred steps, the rest never do. So many starts race side by side, all in the same
+batched matrix products; one that separates is handed to the Newton loop. Where none does, all
+are in equally good basins or in equally bad ones, and the path goes its way as without this race.
 
 Measured, not proven (``benchmarks/planted.py``): on planted problems with inputs over 1.5 to 3
-decades one start in four separates within a round; with well-conditioned inputs of 32 dimensions
+decades one start in four separates within a race; with well-conditioned inputs of 32 dimensions
 one in sixty, where the path succeeds. The phase is therefore tried only where the inputs have few
 effective dimensions.
 
@@ -20,7 +20,6 @@ of the logits and of the targets, so that the scale of the inputs does not matte
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,9 +28,8 @@ from attnreg.objective import Objective
 from attnreg.problem import Batch
 
 STARTS = 16
-ROUNDS = 4
 STEPS = 300
-"""Starts side by side, rounds of fresh starts, and steps of a round."""
+"""Starts side by side and steps of a race."""
 
 ROWS = 64
 """Query rows of one sequence in one step."""
@@ -53,21 +51,6 @@ START_LOGITS, LOGIT_STEP, TARGET_STEP = 0.6, 0.2, 0.04
 MOMENTUM, SECOND, SMOOTHING = 0.9, 0.999, 0.98
 
 
-@dataclass(frozen=True)
-class Screened:
-    """What the phase found.
-
-    Attributes:
-        theta: The start that separated, or None.
-        starts: Starts tried.
-        passes: Attention passes spent, in passes over all rows.
-    """
-
-    theta: Tensor | None
-    starts: int
-    passes: int
-
-
 def is_worth_screening(objective: Objective) -> bool:
     """Whether only the queries move, and keys and queries have few effective dimensions."""
     layout, problem = objective.layout, objective.problem
@@ -84,38 +67,40 @@ def effective_dimensions(gram: Tensor) -> float:
     return float(gram.trace()) ** 2 / square if square > 0.0 else 0.0
 
 
+def logit_size(objective: Objective) -> float:
+    """Standard deviation of the logits of an ``X`` with random entries of variance 1."""
+    problem = objective.problem
+    query = float(problem.gram_query.trace()) / problem.total_weight
+    key = float(problem.gram_key_centered.trace()) / sum(m for _, m in problem.lengths)
+    return objective.model.logit_scale(problem) * (query * key) ** 0.5 or 1.0
+
+
 def screen(
     objective: Objective,
     theta: Tensor,
     generator: torch.Generator,
     out_of_time: Callable[[], bool],
-) -> Screened:
-    """Runs rounds of random starts, with ``theta`` among them, until one separates.
+) -> Tensor | None:
+    """Races random starts, with ``theta`` among them.
 
     Args:
-        objective: What is minimised; only queries may move.
-        theta: The start that was given: one of each round.
+        objective: What is minimised; only queries may move. The passes spent are added to its.
+        theta: The start that was given.
         generator: Source of starts, coordinates and samples.
-        out_of_time: Asked now and then; a true answer ends the phase.
+        out_of_time: Asked now and then; a true answer ends the race.
 
     Returns:
-        The start that separated, if one did, and what was spent.
+        The start that separated from the others, or None.
     """
-    rows, starts = 0, 0
-    found = None
-    for _ in range(ROUNDS):
-        race = _Race(objective, theta, generator)
-        found = race.run(out_of_time)
-        rows += race.rows
-        starts += STARTS
-        if found is not None or out_of_time():
-            break
-    passes = -(-3 * rows // objective.targets.shape[0])  # one forward, two products back
-    return Screened(None if found is None else found.to(theta).flatten(), starts, passes)
+    race = _Race(objective, theta, generator)
+    found = race.run(out_of_time)
+    rows = objective.targets.shape[0]
+    objective.count_passes(-(-3 * race.rows // rows))  # one forward, two products back
+    return None if found is None else found.to(theta).flatten()
 
 
 class _Race:
-    """One round: float32, all starts in one leading dimension."""
+    """Float32, all starts in one leading dimension."""
 
     def __init__(self, objective: Objective, theta: Tensor, generator: torch.Generator) -> None:
         problem = self._problem = objective.problem
@@ -123,15 +108,13 @@ class _Race:
         self.rows = 0
         self._scale = objective.model.logit_scale(problem)
         keys = sum(m for _, m in problem.lengths)
-        query_size = (float(problem.gram_query.trace()) / problem.total_weight) ** 0.5
-        key_size = (float(problem.gram_key_centered.trace()) / keys) ** 0.5
         value_size = (float(problem.gram_value.trace()) / keys) ** 0.5
         target_size = (objective.target_norm_squared / problem.total_weight / problem.d_out) ** 0.5
-        logit_size = self._scale * query_size * key_size or 1.0
-        self._rates = (LOGIT_STEP / logit_size, TARGET_STEP * target_size / (value_size or 1.0))
+        unit = logit_size(objective)
+        self._rates = (LOGIT_STEP / unit, TARGET_STEP * target_size / (value_size or 1.0))
         widths = (problem.d_query, problem.d_key, problem.d_value)
         self._bases = [torch.linalg.qr(self._normal(d, d)).Q for d in widths]
-        x = self._normal(*widths[:2]) * (START_LOGITS / logit_size)
+        x = self._normal(*widths[:2]) * (START_LOGITS / unit)
         x[0] = theta.view(widths[:2])
         y = torch.zeros(STARTS, problem.d_value, problem.d_out, device=self._device)
         self._parameters = [x, y]
@@ -175,7 +158,9 @@ class _Race:
         self._move(0, step, torch.bmm(torch.bmm(query.mT, gradients[0]), key), query, key)
         self._move(1, step, torch.bmm(value.mT, gradients[1]), value, None)
 
-    def _move(self, i: int, step: int, gradient: Tensor, left: Tensor, right: Tensor | None) -> None:
+    def _move(
+        self, i: int, step: int, gradient: Tensor, left: Tensor, right: Tensor | None
+    ) -> None:
         """One step of Adam in the coordinates ``left``, ``right``."""
         first, second = self._first[i], self._second[i]
         first.lerp_(gradient, 1 - MOMENTUM)

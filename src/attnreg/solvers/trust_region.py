@@ -14,7 +14,8 @@ is an iteration of the same loop.
   steps stay in the directions with variance. In the Newton phase it is scaled by the relative
   gradient and vanishes at the solution (heuristic; the tail is quadratic because of it).
 * **Preconditioner and stopping test** live in the natural metric.
-* **Screening.** A cold start with few effective dimensions is chosen among many.
+* **Cold starts.** Where inputs have few effective dimensions the start is chosen in a race of
+  many; a start whose path ends on a plateau is left for a fresh one (:mod:`.restarts`).
 * **Path.** Stages of an extra ridge on the readout; the next stage begins when a step of the
   current one gains less than ``STAGE_GAIN`` of the objective, or its gradient is within ``tol``.
   Where the path ends above the start's own value, the loop goes on from the start instead.
@@ -44,7 +45,7 @@ from attnreg.linear_solve.cholesky import DenseSolver
 from attnreg.linear_solve.solve import Solve
 from attnreg.objective import Objective, Point
 from attnreg.solvers.records import IterationRecord, Status
-from attnreg.solvers.screening import is_worth_screening, screen
+from attnreg.solvers.restarts import Restarts, Start
 
 STAGE_GAIN = 1e-2
 """A stage of the path ends when a step gains less than this share of the objective."""
@@ -128,59 +129,62 @@ class TrustRegion:
         self._objective, self._settings = objective, settings
         self._generator, self._observe = generator, observe
         self._began = began
+        self._iteration = 0
+        self._last_products = 0
+        self._estimate: BlockSolver | None = None  # of the current point, as is the next one
+        self._dense: tuple[bool, DenseSolver] | None = None  # and whether it is the exact Hessian
+        self._begin(theta)
+        layout = objective.layout
+        assemble = layout.only_queries_move and layout.size <= MAX_DENSE_SIZE
+        self._assembly_cost = assembly_cost(self._point) if assemble else math.inf
+        cold = not self._final and layout.only_queries_move
+        self._restarts = Restarts(objective, generator, self._out_of_time, allowed=cold)
+
+    def _begin(self, theta: Tensor) -> None:
+        """Goes to the first stage of the path at a start."""
+        objective = self._objective
         features = objective.features(theta)
         columns = features.columns
         power = float(torch.linalg.vector_norm(columns, dtype=torch.float64)) ** 2
         self._unit = power / columns.shape[1]
         self._stage = 0
-        self._point = Point(objective, features, settings.stages[0] * self._unit)
+        self._damping = self._settings.damping
+        self._gain = math.inf  # share of the objective that the last step gained
+        self._newton, self._newton_from, self._patience = False, 0, 2
+        self._move(Point(objective, features, self._settings.stages[0] * self._unit))
         self._start, self._start_value = theta, self._point.value
         if self._point.damping:
             self._start_value = Point(objective, features).value
-        self._damping = settings.damping
-        self._gain = math.inf  # share of the objective that the last step gained
-        self._newton, self._newton_from, self._patience = False, 0, 2
-        self._estimate: BlockSolver | None = None
-        layout = objective.layout
-        assemble = layout.only_queries_move and layout.size <= MAX_DENSE_SIZE
-        self._assembly_cost = assembly_cost(self._point) if assemble else math.inf
-        self._dense: tuple[bool, DenseSolver] | None = None  # of the current point; exact or not
-        self._last_products = 0
-        self._iteration = 0
-        self._norm = self._measure(self._point)
         self._first_norm = self._norm
 
     def run(self) -> Outcome:
         """Iterates until a bound is met, the test holds, or nothing helps any more."""
         status = None
         try:
-            status = self._report("start", 0.0, 0, accepted=True)
-            if status is None and not self._final and is_worth_screening(self._objective):
-                status = self._screen()
+            status, theta = self._report("start", 0.0, 0, accepted=True), self._start
+            if status is None and (found := self._restarts.screened(theta)):
+                status = self._restart(found)
             while status is None:
                 status = self._iterate()
         except KeyboardInterrupt:
             status = Status.INTERRUPTED
         if self._point.damping:  # stopped on the path: hand out the problem's own objective
             self._move(Point(self._objective, self._point.features))
+        best = self._restarts.best_of(self._point)
+        if best is not self._point:
+            self._move(best)
         return Outcome(self._point, self._norm, status)
-
-    def _screen(self) -> Status | None:
-        """Leaves the path where one of many starts has found a better basin."""
-        screened = screen(self._objective, self._start, self._generator, self._out_of_time)
-        self._objective.count_passes(screened.passes)
-        self._iteration += 1
-        if screened.theta is not None:
-            self._stage = len(self._settings.stages) - 1
-            self._move(Point(self._objective, self._objective.features(screened.theta)))
-        return self._report("screening", 0.0, 0, accepted=screened.theta is not None)
 
     # ------------------------------------------------------------------ one iteration
 
     def _iterate(self) -> Status | None:
         self._advance_path()
-        if self._final and self._norm <= self._settings.tol:
-            return Status.CONVERGED
+        if self._final:
+            converged = self._norm <= self._settings.tol
+            if converged and self._point.value <= self._restarts.best_value:
+                return Status.CONVERGED
+            if converged or self._restarts.crawls(self._iteration, self._norm):
+                return self._restart(self._restarts.leave(self._point))
         self._choose_curvature()
         point = self._point
         if self._estimate is None:
@@ -197,10 +201,21 @@ class TrustRegion:
         if self._newton and (solve.negative is not None or not accepted):
             self._leave_newton()
         if stalled and self._final:
+            if self._point.value > self._restarts.best_value:
+                return self._restart(self._restarts.leave(self._point))
             return Status.STALLED
         if stalled:
             self._gain = 0.0  # this stage of the path has nothing more to give
         return self._report(phase, shift, solve.iterations, accepted)
+
+    def _restart(self, start: Start) -> Status | None:
+        """Goes on elsewhere."""
+        self._iteration += 1
+        self._begin(start.theta)
+        if not start.on_path:
+            self._stage = len(self._settings.stages) - 1
+            self._move(Point(self._objective, self._point.features))
+        return self._report(start.phase, 0.0, 0, accepted=True)
 
     def _solve(self, shift: float) -> Solve:
         point, estimate = self._point, self._estimate
@@ -338,7 +353,8 @@ class TrustRegion:
         )
         if self._observe(record):
             return Status.STOPPED
-        if self._final and self._norm <= settings.tol:
+        is_best = point.value <= self._restarts.best_value
+        if self._final and is_best and self._norm <= settings.tol:
             return Status.CONVERGED
         if self._iteration >= settings.max_iterations:
             return Status.MAX_ITERATIONS
