@@ -188,11 +188,11 @@ def test_a_fit_that_crawls_begins_again_and_returns_the_best(monkeypatch):
     monkeypatch.setattr(restarts, "is_worth_screening", lambda _: False)
     result = fit(NOISY, tol=1e-12, max_iterations=400)
     phases = [record.phase for record in result.history]
-    assert phases.count("restart") == restarts.RESTARTS + 1
+    assert phases.count("path") == restarts.RESTARTS + 1
     assert result.converged
     final = [r.loss for r in result.history if r.path == 0]
     assert result.loss <= min(final) * (1 + 1e-12)
-    short = fit(NOISY, max_iterations=phases.index("restart") + 1)
+    short = fit(NOISY, max_iterations=phases.index("path", 3) + 1)
     assert short.status is Status.MAX_ITERATIONS
     assert short.loss <= min(r.loss for r in short.history) * (1 + 1e-12)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-COLD = (1.0, 0.3, 0.1, 0.03, 1e-2, 1e-3, 1e-4, 1e-6, 0.0)
+COLD = (1.0, 0.1, 1e-2, 1e-4, 0.0)
 """Stages from a cold start, in units of the mean squared norm of a feature column."""
 
 WARM = (0.0,)

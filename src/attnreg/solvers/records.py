@@ -57,9 +57,9 @@ class IterationRecord:
         path: Weight of the regularisation path on the readout; 0 at its end.
         inner_iterations: Products of the linear solve of this iteration.
         passes: Attention passes since the fit began.
-        phase: ``"start"``, ``"screening"`` (the start that won a race), ``"restart"`` (a fresh
-            one; the loss may rise), or the curvature of the step: ``"gauss-newton"`` or
-            ``"newton"``.
+        phase: ``"start"``, ``"screening"`` (on to the start that won a race), ``"path"`` (on to the
+            path's beginning; the loss may rise), ``"best"`` (back to the best point left), or
+            the curvature of the step: ``"gauss-newton"`` or ``"newton"``.
         accepted: Whether the step was taken.
     """
 

@@ -18,7 +18,7 @@ is an iteration of the same loop.
   many; a start whose path ends on a plateau is left for a fresh one (:mod:`.restarts`).
 * **Path.** Stages of an extra ridge on the readout; the next stage begins when a step of the
   current one gains less than ``STAGE_GAIN`` of the objective, or its gradient is within ``tol``.
-  Where the path ends above the start's own value, the loop goes on from the start instead.
+  Where the path ends above the value of a start, the loop goes on from that start instead.
 
 At the level of rounding the objective can no longer judge a step; there a step is taken when
 it lowers the norm of the gradient, and the loop ends when it does not.
@@ -65,6 +65,9 @@ MAX_INNER = 200
 DENSE_COST = 10.0
 """The curvature is assembled where that costs at most this many products, or as many as the last
 solve by conjugate gradients took."""
+
+DENSE_RATE = 2.0
+"""Rate of the assembly's large matrix products over that of an attention product (measured)."""
 
 MAX_DENSE_SIZE = 4096
 """Largest number of parameters for which a dense matrix is formed."""
@@ -133,10 +136,13 @@ class TrustRegion:
         self._last_products = 0
         self._estimate: BlockSolver | None = None  # of the current point, as is the next one
         self._dense: tuple[bool, DenseSolver] | None = None  # and whether it is the exact Hessian
+        self._start, self._start_value = theta, math.inf  # the best of all starts
         self._begin(theta)
         layout = objective.layout
         assemble = layout.only_queries_move and layout.size <= MAX_DENSE_SIZE
-        self._assembly_cost = assembly_cost(self._point) if assemble else math.inf
+        self._assembly_cost = math.inf
+        if assemble:
+            self._assembly_cost = assembly_cost(self._point) / DENSE_RATE
         cold = not self._final and layout.only_queries_move
         self._restarts = Restarts(objective, generator, self._out_of_time, allowed=cold)
 
@@ -152,9 +158,9 @@ class TrustRegion:
         self._gain = math.inf  # share of the objective that the last step gained
         self._newton, self._newton_from, self._patience = False, 0, 2
         self._move(Point(objective, features, self._settings.stages[0] * self._unit))
-        self._start, self._start_value = theta, self._point.value
-        if self._point.damping:
-            self._start_value = Point(objective, features).value
+        value = Point(objective, features).value if self._point.damping else self._point.value
+        if value < self._start_value:
+            self._start, self._start_value = theta, value
         self._first_norm = self._norm
 
     def run(self) -> Outcome:
@@ -162,8 +168,8 @@ class TrustRegion:
         status = None
         try:
             status, theta = self._report("start", 0.0, 0, accepted=True), self._start
-            if status is None and (found := self._restarts.screened(theta)):
-                status = self._restart(found)
+            if status is None and (first := self._restarts.first(theta)):
+                status = self._restart(first)
             while status is None:
                 status = self._iterate()
         except KeyboardInterrupt:
