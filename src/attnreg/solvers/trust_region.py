@@ -53,8 +53,15 @@ STAGE_GAIN = 1e-2
 NEWTON_GAIN = 3e-2
 """The exact Hessian is tried once a step gains less than this share of the objective."""
 
-FORCING = 0.3
-"""Largest relative residual of a linear solve."""
+FORCING, PATH_FORCING, LATE_FORCING = 0.6, 0.5, 0.3
+"""Largest relative residual of a linear solve: far from the solution, on the path, and once a
+step gains less than ``NEWTON_GAIN``."""
+
+DAMPING, PATH_DAMPING = 0.03, 1.0
+"""First damping, off and on the path, in units of the mean eigenvalue of the curvature."""
+
+MIN_PATH_DAMPING = 1e-2
+"""Damping does not fall below this before the last stage."""
 
 MIN_FORCING = 1e-4
 """Smallest one: in the Newton phase forcing follows the gradient norm, for a quadratic tail."""
@@ -87,16 +94,12 @@ class Settings:
         max_iterations: Bound on the iterations, rejected steps included.
         max_seconds: Bound on the wall time, or None.
         stages: The path, largest first; the last is 0.
-        damping: First damping, in units of the mean eigenvalue of the curvature.
-        min_path_damping: Damping does not fall below this before the last stage.
     """
 
     tol: float
     max_iterations: int
     max_seconds: float | None
     stages: tuple[float, ...]
-    damping: float = 1.0
-    min_path_damping: float = 1e-2
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ class TrustRegion:
         power = float(torch.linalg.vector_norm(columns, dtype=torch.float64)) ** 2
         self._unit = power / columns.shape[1]
         self._stage = 0
-        self._damping = self._settings.damping
+        self._damping = DAMPING if self._final else PATH_DAMPING
         self._gain = math.inf  # share of the objective that the last step gained
         self._newton, self._newton_from, self._patience = False, 0, 2
         self._move(Point(objective, features, self._settings.stages[0] * self._unit))
@@ -219,7 +222,7 @@ class TrustRegion:
         self._iteration += 1
         self._begin(start.theta)
         if not start.on_path:
-            self._stage = len(self._settings.stages) - 1
+            self._stage, self._damping = len(self._settings.stages) - 1, DAMPING
             self._move(Point(self._objective, self._point.features))
         return self._report(start.phase, 0.0, 0, accepted=True)
 
@@ -228,9 +231,11 @@ class TrustRegion:
         assert estimate is not None
         if self._assembly_cost <= max(DENSE_COST, self._last_products):
             return self._solve_dense(shift)
-        forcing = FORCING
+        forcing = FORCING if self._final else PATH_FORCING
+        if self._final and self._gain < NEWTON_GAIN:
+            forcing = LATE_FORCING
         if self._newton:
-            forcing = min(FORCING, max(MIN_FORCING, self._norm / self._first_norm))
+            forcing = min(forcing, max(MIN_FORCING, self._norm / self._first_norm))
         product = point.hessian if self._newton else point.gauss_newton
         floor = MIN_DAMPING * estimate.mean_eigenvalue
         precondition = estimate.inverse(max(shift, floor))
@@ -310,7 +315,7 @@ class TrustRegion:
 
     @property
     def _floor(self) -> float:
-        return MIN_DAMPING if self._final else self._settings.min_path_damping
+        return MIN_DAMPING if self._final else MIN_PATH_DAMPING
 
     def _advance_path(self) -> None:
         if self._final or (self._gain >= STAGE_GAIN and self._norm > self._settings.tol):
