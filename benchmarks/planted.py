@@ -1,10 +1,12 @@
 """Planted noisy problems: how soon a method is at the best minimum known, and which it finds.
 
-Two parts, both from the same small start for all methods (X0 = 0.01 randn, Y0 = 0):
+Two parts, both from the same small start for all methods (X0 = 0.01 randn, Y0 = 0; from the
+least-squares Y0 at that X0 torch L-BFGS ends in worse minima on all of the seeds tried):
 
     speed    seconds until the loss is within 1e-8 of the initial loss of the best loss that any
              method found; medians over repeats for attnreg and the two fastest peers
-    minima   final losses over seeds, in units of the noise floor: who found the better minimum
+    minima   final losses over seeds, in units of the noise floor: who found the better minimum,
+             and the seconds to the best one
 
 A method that never comes within the tolerance has no time; the ratio is then only known to exceed
 budget / ours. Where methods end in different minima the first table alone would hide who is fast,
@@ -12,12 +14,17 @@ so a second ratio compares both at the peer's own final loss.
 
     python -m benchmarks.planted --quick
     python -m benchmarks.planted --parts speed --decades 0 3 --seconds 120
+
+Cases that are in the results file already, made with the same settings on the same machine, are
+kept and not run again; --fresh runs all of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -137,11 +144,16 @@ def print_speed(case: str, content: Mapping[str, Any]) -> None:
 def minima_case(instance: Planted, peers: Sequence[Method], seconds: float) -> dict[str, Any]:
     """Final losses of all methods on one instance, and how attnreg's compares with the best."""
     tolerance = TOLERANCE * instance.initial_loss
+    traces = {method.name: _solve(method, instance, seconds) for method in (OURS, *peers)}
+    target = min(trace.loss for trace in traces.values()) + tolerance
     rows = {
-        method.name: _outcome(_solve(method, instance, seconds), instance)
-        for method in (OURS, *peers)
+        name: {**_outcome(trace, instance), "seconds_to_best": trace.seconds_to(target)}
+        for name, trace in traces.items()
     }
     ours = rows[OURS.name]["loss"]
+    times = {name: row["seconds_to_best"] for name, row in rows.items()}
+    our_time = times.pop(OURS.name)
+    peer_time = min((time for time in times.values() if time is not None), default=None)
     best_peer = min(row["loss"] for name, row in rows.items() if name != OURS.name)
     better, worse = ours < best_peer - tolerance, ours > best_peer + tolerance
     return {
@@ -149,6 +161,7 @@ def minima_case(instance: Planted, peers: Sequence[Method], seconds: float) -> d
         "initial_loss": instance.initial_loss,
         "planted_loss": instance.planted_loss,
         "ours_against_best_peer": "better" if better else "worse" if worse else "equal",
+        "seconds_to_best": {"attnreg": our_time, "best_peer": peer_time, "budget": seconds},
         "methods": rows,
     }
 
@@ -169,6 +182,9 @@ def print_minima(name: str, cases: Mapping[str, Mapping[str, Any]]) -> None:
         lines.append((method, f"{best}/{len(seeds)}", *(f"{loss:.4f}" for loss in losses)))
     verdicts = [cases[seed]["ours_against_best_peer"] for seed in seeds]
     lines.append(("attnreg against the best peer", "", *verdicts))
+    times = [cases[seed]["seconds_to_best"] for seed in seeds]
+    for who, key in (("attnreg", "attnreg"), ("best peer", "best_peer")):
+        lines.append((f"seconds to the best: {who}", "", *(show(time[key]) for time in times)))
     print_table(f"{name}: final loss / noise floor", ("method", "best", *seeds), lines)
 
 
@@ -209,6 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = RESULTS / ("planted-quick.json" if options.quick else "planted.json")
     content: dict[str, Any] = {
         "machine": machine(),
+        "processes": options.processes,
         "setting": {
             "sequences": SEQUENCES, "rows": ROWS, "width": WIDTH, **size,
             "noise": NOISE, "start_scale": START_SCALE, "tolerance": TOLERANCE,
@@ -218,26 +235,46 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "speed": {},
         "minima": {},
     }  # fmt: skip
+    _resume(content, path, fresh=options.fresh)
     warm_up((OURS, *speed_peers))
     for logit_std in options.logit_std:
         for decades in options.decades:
             name = f"{decades:g} decades, logit std {logit_std:g}"
-            if "speed" in options.parts:
+            if "speed" in options.parts and name not in content["speed"]:
                 instance = planted(decades, options.first_seed, logit_std, **size)
                 case = speed_case(instance, speed_peers, options.seconds, options.repeats)
                 content["speed"][name] = case
                 print_speed(name, case)
+                _save(content, path)
             if "minima" in options.parts:
-                cases: dict[str, Any] = {}
-                content["minima"][name] = cases
+                cases: dict[str, Any] = content["minima"].setdefault(name, {})
                 for seed in range(options.first_seed, options.first_seed + options.seeds):
+                    if f"seed {seed}" in cases:
+                        continue
                     instance = planted(decades, seed, logit_std, **size)
                     cases[f"seed {seed}"] = minima_case(
                         instance, minima_peers, options.minima_seconds
                     )
                     console.print(f"[dim]{name}, seed {seed} done[/dim]")
+                    _save(content, path)  # after each case: a long run may be interrupted
                 print_minima(name, cases)
-            write_json(path, content)  # after each case: a long run may be interrupted
+
+
+def _resume(content: dict[str, Any], path: Path, *, fresh: bool) -> None:
+    """Takes over the cases of a file that was made with the same settings on the same machine."""
+    if fresh or not path.exists():
+        return
+    before = json.loads(path.read_text())
+    if all(before.get(key) == content[key] for key in ("machine", "setting")):
+        content["speed"] |= before["speed"]
+        for name, cases in before["minima"].items():
+            content["minima"].setdefault(name, {}).update(cases)
+
+
+def _save(content: dict[str, Any], path: Path) -> None:
+    """Writes the cases, beside those that another process has written meanwhile."""
+    _resume(content, path, fresh=False)
+    write_json(path, content)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -252,6 +289,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="budget of a run, speed part (120)")
     parser.add_argument("--minima-seconds", type=float, help="budget of a run, minima part (60)")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--fresh", action="store_true", help="keep nothing of the results file")
+    parser.add_argument("--processes", type=int, default=1, help="run side by side, for the record")
     parser.add_argument("--only", help="only peers whose name contains this")
     parser.add_argument("--threads", type=int, help="of torch")
     options = parser.parse_args(arguments)
