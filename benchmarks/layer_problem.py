@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
+from attnreg import MultiHead, pool_kv_heads
+from attnreg.report.baselines import fused_layer
 from benchmarks import minilm
 
 LAYER, KV_HEADS, HEAD_DIM = 3, 4, 32
+ORIGINAL = MultiHead(minilm.HEADS, head_dim=HEAD_DIM)
+STUDENT = MultiHead(minilm.HEADS, KV_HEADS, HEAD_DIM)
 WEIGHTS = tuple(f"{kind}_{name}" for name in "QKVO" for kind in "Wb")
 
 
@@ -38,20 +41,10 @@ class Layer:
     pooled: dict[str, Tensor]
 
 
-def predict(weights: Mapping[str, Tensor], A: Tensor) -> Tensor:
-    """Grouped-query attention with fused kernels, all maps as y = x @ W + b."""
-    q, k, v = (
-        (A @ weights[f"W_{x}"] + weights[f"b_{x}"]).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)
-        for x in "QKV"
-    )
-    heads = scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
-    return heads.transpose(1, 2).flatten(2) @ weights["W_O"] + weights["b_O"]
-
-
 def relative_error(weights: Mapping[str, Tensor], data: Data) -> float:
     """||prediction - B||_F / ||B - column mean||_F."""
     with torch.no_grad():
-        loss = float((predict(weights, data.A) - data.B).double().square().sum())
+        loss = float((fused_layer(STUDENT, weights, data.A) - data.B).double().square().sum())
     return (loss / data.spread) ** 0.5
 
 
@@ -67,13 +60,9 @@ def load_layer(sequences: int, held_out: int, tokens: int) -> Layer:
     inputs = captured.pop("inputs").float()
     weights = {name: captured[name].float() for name in WEIGHTS}
     with torch.no_grad():
-        outputs = predict(weights, inputs)
-    pooled = dict(weights)
-    for name in ("W_K", "b_K", "W_V", "b_V"):
-        heads = weights[name].unflatten(-1, (KV_HEADS, -1, HEAD_DIM))
-        pooled[name] = heads.mean(-2).flatten(-2).contiguous()
+        outputs = fused_layer(ORIGINAL, weights, inputs)
     return Layer(
         train=Data(inputs[:sequences].clone(), outputs[:sequences].clone()),
         held_out=Data(inputs[sequences:].clone(), outputs[sequences:].clone()),
-        pooled=pooled,
+        pooled=pool_kv_heads(weights, minilm.HEADS, KV_HEADS),
     )

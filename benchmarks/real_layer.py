@@ -30,9 +30,9 @@ from benchmarks.common import (
 )
 from benchmarks.layer_peers import LayerAdam, LayerLBFGS, LayerTrace
 from benchmarks.layer_problem import (
-    HEAD_DIM,
     KV_HEADS,
     LAYER,
+    STUDENT,
     Layer,
     load_layer,
     relative_error,
@@ -64,7 +64,7 @@ def solve_ours(layer: Layer, seconds: float, target: float = 0.0) -> LayerTrace:
 
     result = attnreg.fit(
         problem,
-        attnreg.MultiHead(HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM),
+        STUDENT,
         init=layer.pooled,
         max_iterations=MAX_ITERATIONS,
         max_seconds=seconds,

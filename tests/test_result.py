@@ -106,6 +106,23 @@ def test_predict_keeps_the_structure_of_the_inputs(fits):
         result.predict(rows * math.nan)
 
 
+def test_a_causal_fit_predicts_causally(tmp_path):
+    case, parameters = planted(Bilinear(), 0.1)
+    problem = case.problem().replace(mask="causal")
+    result = fit(problem, init=parameters, max_iterations=1)
+    rows, mask = normal(6, 4), torch.ones(6, 6).triu(-3).bool()
+    result.save(tmp_path / "fit.safetensors")
+    for r in (result, FitResult.load(tmp_path / "fit.safetensors")):
+        assert r.causal
+        for given in (None, "causal"):
+            assert torch.equal(r.predict(rows, mask=given)[:3], r.predict(rows[:3]))
+        both = r.predict(rows, mask=mask)
+        assert torch.equal(both, r.predict(rows, mask=("causal", mask)))
+        assert not torch.allclose(both, r.predict(rows))
+        with pytest.raises(ValueError, match="expected 'causal'"):
+            r.predict(rows, mask="casual")
+
+
 def test_X_and_Y_belong_to_bilinear_fits(fits):
     assert fits["bilinear"].X.shape == (4, 4)
     assert fits["bilinear"].Y.shape == (4, 3)

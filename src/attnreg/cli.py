@@ -25,6 +25,7 @@ from torch import Tensor
 from attnreg import __version__
 from attnreg.arrays import dtype_name
 from attnreg.fitting import fit
+from attnreg.masks import and_causal
 from attnreg.models import Bilinear, Model, MultiHead
 from attnreg.problem import AttentionProblem
 from attnreg.result import FitResult
@@ -302,12 +303,8 @@ def _override(problem: AttentionProblem, causal: bool, **settings: Any) -> Atten
     """The problem with the settings that are not None, and a causal mask besides its own."""
     changes = {name: value for name, value in settings.items() if value is not None}
     if causal and not problem.causal:
-        changes["mask"] = _and_causal(problem.mask)
+        changes["mask"] = and_causal(problem.mask)
     return problem.replace(**changes) if changes else problem
-
-
-def _and_causal(mask: Any) -> Any:
-    return "causal" if mask is None else ("causal", mask)
 
 
 def _predict(result: FitResult, path: Path, causal: bool) -> tuple[Prediction, list[str]]:
@@ -317,8 +314,8 @@ def _predict(result: FitResult, path: Path, causal: bool) -> tuple[Prediction, l
             names = ", ".join(sorted(tensors)) or "nothing"
             raise ValueError(f"{path} holds {names}; expected A1 and besides only A2, A3 and mask")
         mask = tensors.pop("mask", None)
-        return result.predict(**tensors, mask=_and_causal(mask) if causal else mask), []
-    problem = _override(AttentionProblem.load(path), causal)
+        return result.predict(**tensors, mask=and_causal(mask) if causal else mask), []
+    problem = _override(AttentionProblem.load(path), causal or (result.causal and not metadata))
     if problem.scale == result.scale:
         return result.predict(problem), []
     note = f"the fit's scale {result.scale} was used, not the inputs' {problem.scale}"

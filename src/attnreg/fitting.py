@@ -93,6 +93,7 @@ def fit(
         notes=_notes(objective, outcome),
         seed=seed,
         scale=problem.scale,
+        causal=problem.causal,
         problem_digest=problem.digest(),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -63,6 +63,13 @@ def as_masks(
     for i, tensor in enumerate(masks):
         _check_rows(i, tensor, causal)
     return causal, masks if any(bool(tensor.any()) for tensor in masks) else None
+
+
+def and_causal(mask: Any) -> Any:
+    """A mask as users give it, made causal too."""
+    if mask is None:
+        return "causal"
+    return mask if _parts(mask)[0] else ("causal", mask)
 
 
 def _parts(mask: Mask | None) -> tuple[bool, Arrays | None]:

@@ -16,7 +16,7 @@ from attnreg.solvers.records import IterationRecord
 class ProgressDisplay:
     """Loss, error, gradient and time of a running fit, on standard error.
 
-    The bar is the share of the way, in powers of ten, from the first gradient norm to the
+    The line fits into 80 columns. The bar is the share of the way, in powers of ten, from the first gradient norm to the
     tolerance, or of the time limit where that is further along.
 
     Args:
@@ -33,7 +33,7 @@ class ProgressDisplay:
         self._first = 0.0
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=10),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -58,10 +58,8 @@ class ProgressDisplay:
         """Shows one record."""
         self._first = self._first or record.gradient_norm
         error = self._problem.relative_error(record.loss)
-        text = (
-            f"{record.iteration:4d} {record.phase:12s} loss {record.loss:.6e}  "
-            f"error {error:.5f}  gradient {record.gradient_norm:.1e}"
-        )
+        text = f"{record.iteration:4d}  loss {record.loss:.4e} error {error:.4f}"
+        text += f" gradient {record.gradient_norm:.0e}"
         self._progress.update(self._task, description=text, completed=self._share(record))
 
     def _share(self, record: IterationRecord) -> float:

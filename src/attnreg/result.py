@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnreg.masks import and_causal
 from attnreg.models import Bilinear, Features, Model, MultiHead
 from attnreg.problem import AttentionProblem
 from attnreg.solvers.records import IterationRecord, Status
@@ -34,6 +35,7 @@ class FitResult:
         notes: Things a reader should know, such as dropped null directions.
         seed: Seed of the fit.
         scale: Logit scale of the problem (None: the model's own).
+        causal: Whether query ``i`` saw keys 0 to ``i`` only.
         problem_digest: Digest of the problem that was solved.
     """
 
@@ -49,6 +51,7 @@ class FitResult:
     notes: tuple[str, ...]
     seed: int
     scale: float | None
+    causal: bool
     problem_digest: str
 
     @property
@@ -87,7 +90,8 @@ class FitResult:
             A1: Query inputs as :class:`AttentionProblem` takes them, or a problem.
             A2: Key inputs; default ``A1``.
             A3: Value inputs; default ``A1``.
-            mask: As :class:`AttentionProblem` takes it.
+            mask: As :class:`AttentionProblem` takes it; inputs that are no problem are causal
+                where the fit was.
 
         Returns:
             ``(n, d_out)``, ``(b, n, d_out)`` or a list, as the inputs were given.
@@ -99,6 +103,7 @@ class FitResult:
             return predict(self.model, self.parameters, A1)
         d_out = self.parameters["W_O" if "W_O" in self.parameters else "Y"].shape[1]
         targets = _zero_targets(A1, d_out)
+        mask = and_causal(mask) if self.causal else mask
         problem = AttentionProblem(A1, targets, A2, A3, mask=mask, scale=self.scale)
         return predict(self.model, self.parameters, problem)
 
@@ -184,6 +189,7 @@ _PLAIN = (
     "tol",
     "seed",
     "scale",
+    "causal",
     "problem_digest",
 )
 _MODELS: dict[str, type[Bilinear] | type[MultiHead]] = {

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from attnreg.models import MultiHead
+from attnreg.models import MultiHead, Parameters
 from attnreg.problem import AttentionProblem
 from attnreg.report.trace import Trace
 
@@ -44,7 +44,7 @@ def lbfgs(
         if now > seconds:
             raise _OutOfTimeError
         optimizer.zero_grad()
-        loss = (_outputs(model, weights, inputs) - targets).square().sum()
+        loss = (fused_layer(model, weights, inputs) - targets).square().sum()
         loss.backward()
         error = problem.relative_error(loss.item())
         if error < min(trace.errors, default=math.inf):
@@ -78,7 +78,7 @@ def adam(
             group["lr"] = 0.5 * rate * (1 + math.cos(math.pi * now / seconds))
         chosen = torch.randperm(count, generator=generator)[:BATCH]
         optimizer.zero_grad()
-        loss = (_outputs(model, weights, inputs[chosen]) - targets[chosen]).square().sum()
+        loss = (fused_layer(model, weights, inputs[chosen]) - targets[chosen]).square().sum()
         loss.backward()
         optimizer.step()
         trace.add(now, problem.relative_error(loss.item() * count / BATCH))
@@ -89,13 +89,21 @@ def _leaves(start: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.clone().requires_grad_() for name, value in start.items()}
 
 
-def _outputs(model: MultiHead, w: dict[str, Tensor], x: Tensor) -> Tensor:
-    """The layer with fused attention, ``(b, n, d_out)``."""
+def fused_layer(model: MultiHead, w: Parameters, x: Tensor) -> Tensor:
+    """The layer's output with torch's fused attention, differentiable once.
+
+    Args:
+        model: Heads and key/value heads.
+        w: Named weights and biases.
+        x: Inputs ``(sequences, tokens, width)``.
+
+    Returns:
+        ``(sequences, tokens, d_out)``.
+    """
     kv_heads = model.kv_heads or model.heads
-    q = (x @ w["W_Q"] + w["b_Q"]).unflatten(2, (model.heads, -1)).transpose(1, 2)
-    k = (x @ w["W_K"] + w["b_K"]).unflatten(2, (kv_heads, -1)).transpose(1, 2)
-    v = (x @ w["W_V"] + w["b_V"]).unflatten(2, (kv_heads, -1)).transpose(1, 2)
-    repeats = model.heads // kv_heads
-    k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-    heads = scaled_dot_product_attention(q, k, v)
+    q, k, v = (
+        (x @ w[f"W_{name}"] + w[f"b_{name}"]).unflatten(2, (count, -1)).transpose(1, 2)
+        for name, count in (("Q", model.heads), ("K", kv_heads), ("V", kv_heads))
+    )
+    heads = scaled_dot_product_attention(q, k, v, enable_gqa=kv_heads != model.heads)
     return heads.transpose(1, 2).flatten(2) @ w["W_O"] + w["b_O"]
