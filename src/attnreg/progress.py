@@ -16,8 +16,8 @@ from attnreg.solvers.records import IterationRecord
 class ProgressDisplay:
     """Loss, error, gradient and time of a running fit, on standard error.
 
-    The line fits into 80 columns. The bar is the share of the way, in powers of ten, from the first gradient norm to the
-    tolerance, or of the time limit where that is further along.
+    The line fits into 80 columns. The bar is the share of the way, in powers of ten, from the
+    first gradient norm to the tolerance, or of the time limit where that is further along.
 
     Args:
         problem: Gives the relative error.

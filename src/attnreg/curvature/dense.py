@@ -22,7 +22,7 @@ from attnreg.objective import Point
 
 
 def assembly_cost(point: Point) -> float:
-    """Floating-point operations of :func:`assemble_hessian` over those of one product."""
+    """Operations of :func:`assemble_hessian` over those of a Gauss-Newton product."""
     objective = point.objective
     rows, d_out = objective.targets.shape
     d, e = objective.layout.blocks[0].rows, objective.layout.blocks[0].width
@@ -31,7 +31,7 @@ def assembly_cost(point: Point) -> float:
     moments = rows * keys * e * (v + e)
     sums = rows * d * e * (d * e / 4 + 2 * v * d_out)
     schur = v * d_out * (d * e) ** 2
-    product = rows * keys * (3 * e + 3 * v) + rows * (3 * v * d_out + 3 * d * e)
+    product = rows * keys * 2 * (e + v) + rows * (3 * v * d_out + 2 * d * e)
     return (moments + sums + schur) / product
 
 

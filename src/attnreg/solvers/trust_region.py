@@ -73,7 +73,7 @@ DENSE_COST = 10.0
 """The curvature is assembled where that costs at most this many products, or as many as the last
 solve by conjugate gradients took."""
 
-DENSE_RATE = 2.0
+DENSE_RATE = 3.0
 """Rate of the assembly's large matrix products over that of an attention product (measured)."""
 
 MAX_DENSE_SIZE = 4096
