@@ -197,6 +197,21 @@ def test_a_fit_that_crawls_begins_again_and_returns_the_best(monkeypatch):
     assert short.loss <= min(r.loss for r in short.history) * (1 + 1e-12)
 
 
+@pytest.mark.parametrize("iterations", [1, 2, 3])
+def test_stopped_early_it_is_not_worse_than_its_start(iterations):
+    """A good X without a readout: the path begins elsewhere, and the start is handed out."""
+    _, parameters = planted(Bilinear(), 0.1)
+    problem = NOISY.replace(ridge_x=1e-12)  # no race
+    start = {"X": parameters["X"], "Y": torch.zeros(4, 3, dtype=torch.float64)}
+    objective = objective_of(problem)
+    given = Point(objective, objective.features(start["X"].flatten()))
+    result = fit(problem, init=start, max_iterations=iterations)
+    assert result.history[1].loss > given.loss
+    assert result.regularised_loss == pytest.approx(given.value, rel=1e-12)
+    assert torch.equal(result.X, start["X"])
+    assert fit(problem, init=start).regularised_loss <= given.value
+
+
 def test_warm_starts_are_never_left(monkeypatch):
     monkeypatch.setattr(restarts, "PROGRESS", 0.0)
     monkeypatch.setattr(restarts, "WINDOW", 1)

@@ -39,7 +39,9 @@ def fit(
         problem: Inputs, outputs, mask, weights, scale and ridges.
         model: What is fitted; default :class:`Bilinear`.
         init: Named parameters to start from, or a result to continue. A start whose readout
-            (``Y``, or ``W_O`` and ``b_O``) is zero is led in by the regularisation path.
+            (``Y``, or ``W_O`` and ``b_O``) is zero is led in by the regularisation path; for
+            :class:`Bilinear` other starts are tried too, and the loss may rise between them. The
+            result is the best point of all, never worse than ``init`` with its best readout.
         tol: The fit has converged when the dual norm of the reduced gradient in the natural
             metric is at most ``tol * ||B - mean||_F^2``.
         max_iterations: Bound on the iterations, rejected steps included.

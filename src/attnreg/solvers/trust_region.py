@@ -180,6 +180,8 @@ class TrustRegion:
         if self._point.damping:  # stopped on the path: hand out the problem's own objective
             self._move(Point(self._objective, self._point.features))
         best = self._restarts.best_of(self._point)
+        if best.value > self._start_value:  # stopped before the path had come so far
+            best = Point(self._objective, self._objective.features(self._start))
         if best is not self._point:
             self._move(best)
         return Outcome(self._point, self._norm, status)
