@@ -50,7 +50,7 @@ def _draw_layer(axes: Axes, content: dict[str, Any]) -> None:
 
 def _draw_planted(axes: Axes, content: dict[str, Any]) -> None:
     """Final losses of all seeds, one column for each conditioning."""
-    cases = content["minima"]
+    cases = dict(sorted(content["minima"].items(), key=lambda item: float(item[0].split()[0])))
     methods = list(next(iter(next(iter(cases.values())).values()))["methods"])
     for i, seeds in enumerate(cases.values()):
         for k, method in enumerate(methods):

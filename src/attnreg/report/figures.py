@@ -56,6 +56,9 @@ def _convergence(traces: list[Trace]) -> Figure:
         style = {"linewidth": 2.2, "color": "black"} if i == 0 else {"linewidth": 1.0}
         axes.plot(trace.seconds, trace.errors, label=trace.name, **style)
     axes.set(xlabel="seconds", ylabel="relative error on the fitted data", yscale="log")
+    ticks = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
     axes.set_title("12 to 4 key/value heads of a real layer")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3, which="both")

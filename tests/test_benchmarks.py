@@ -1,0 +1,58 @@
+"""What the benchmarks stand on: the planted problem, resumed files and the picture."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import picture, planted
+from benchmarks.planted_problem import NOISE
+from benchmarks.planted_problem import planted as instance_of
+
+SMALL = {"sequences": 2, "rows": 20, "width": 4}
+
+
+@pytest.mark.parametrize("decades", [0.0, 2.0])
+def test_planted_problem_is_what_it_says(decades):
+    instance = instance_of(decades, 0, logit_std=3.0, sequences=8, rows=100, width=6)
+    A, B = instance.arrays.A, instance.arrays.B
+    columns = A.flatten(0, 1).std(0)
+    # 800 rows: a standard deviation is known to about 1 / sqrt(1600).
+    assert float(columns.max() / columns.min()) == pytest.approx(10**decades, rel=0.15)
+    assert instance.planted_loss == pytest.approx(instance.noise_floor, rel=0.1)
+    assert instance.noise_floor == pytest.approx(NOISE**2 * float(B.square().sum()), rel=0.1)
+    assert instance.initial_loss == pytest.approx(float(B.square().sum()), rel=1e-12)
+
+
+def test_finished_cases_are_kept(tmp_path):
+    content = {"machine": {"cores": 2}, "setting": {"seconds": 1}, "speed": {}, "minima": {}}
+    path = tmp_path / "planted.json"
+    done = content | {"speed": {"a": 1}, "minima": {"a": {"seed 0": 2}}}
+    path.write_text(json.dumps(done))
+    content["minima"] = {"a": {"seed 1": 3}}
+    planted._save(content, path)
+    written = json.loads(path.read_text())
+    assert written["speed"] == {"a": 1}
+    assert written["minima"] == {"a": {"seed 0": 2, "seed 1": 3}}
+    other = content | {"setting": {"seconds": 2}, "speed": {}}
+    planted._resume(other, path, fresh=False)
+    assert other["speed"] == {}
+
+
+def test_a_case_compares_all_methods():
+    from benchmarks.peers.lbfgs import LBFGS
+
+    torch.manual_seed(0)
+    case = planted.minima_case(instance_of(0.0, 0, **SMALL), [LBFGS(10)], 2.0)
+    assert set(case["methods"]) == {"attnreg", "torch L-BFGS (10)"}
+    assert case["ours_against_best_peer"] in ("better", "equal", "worse")
+    losses = {name: row["loss"] for name, row in case["methods"].items()}
+    best = min(losses, key=losses.get)
+    assert case["methods"][best]["seconds_to_best"] is not None
+    assert all(0 < loss < case["initial_loss"] for loss in losses.values())
+
+
+def test_the_picture_is_drawn_from_the_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(picture, "PICTURE", tmp_path / "picture.png")
+    picture.main()
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
