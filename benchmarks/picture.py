@@ -17,6 +17,7 @@ from benchmarks.common import RESULTS, console
 
 PICTURE = Path(__file__).parent.parent / "docs" / "benchmarks.png"
 OURS = "attnreg"
+FIRST = 0.05  # seconds at which the left curves begin
 COLOURS = {OURS: "black", "L-BFGS": "tab:orange", "Adam": "tab:blue", "trust": "tab:green"}
 COLOURS |= {"newton-cg": "tab:olive", "marquardt": "tab:purple", "scipy": "tab:red"}
 
@@ -27,7 +28,7 @@ def main() -> None:
         json.loads((RESULTS / name).read_text()) for name in ("real_layer.json", "planted.json")
     )
     with mpl.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(9.5, 3.6), layout="constrained")
+        figure = Figure(figsize=(11, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
         _draw_layer(left, layer)
         _draw_planted(right, planted)
@@ -37,7 +38,7 @@ def main() -> None:
 
 def _draw_layer(axes: Axes, content: dict[str, Any]) -> None:
     for name, run in content["runs"].items():
-        seconds, errors = zip(*((s, e) for s, e, _ in run["curve"] if s > 0), strict=True)
+        seconds, errors = zip(*((s, e) for s, e, _ in run["curve"] if s > FIRST), strict=True)
         width = 2.2 if name == OURS else 1.0
         axes.plot(seconds, errors, color=_colour(name), linewidth=width, label=name)
     axes.set(xscale="log", yscale="log", xlabel="seconds", ylabel="relative training error")
@@ -66,8 +67,8 @@ def _draw_planted(axes: Axes, content: dict[str, Any]) -> None:
     seconds = content["setting"]["minima_seconds"]
     axes.set_xlabel(f"decades of the inputs' singular values ({seconds:g} s a run)")
     axes.set_title("planted problems, one point a seed", fontsize=10)
-    axes.set_xlim(-0.6, len(names) - 0.1)
-    axes.legend(fontsize=6, loc="center right")
+    axes.set_xlim(-0.6, len(names) - 0.4)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.grid(alpha=0.3, axis="y")
 
 
