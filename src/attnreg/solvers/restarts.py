@@ -23,7 +23,7 @@ from torch import Tensor
 from attnreg.objective import Objective, Point
 from attnreg.solvers.screening import is_worth_screening, logit_size, screen
 
-RESTARTS = 2
+RESTARTS = 4
 """Starts after the first."""
 
 START_LOGITS = 0.01

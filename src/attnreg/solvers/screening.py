@@ -9,8 +9,9 @@ are in equally good basins or in equally bad ones, and the path goes its way as 
 
 Measured, not proven (``benchmarks/planted.py``): on planted problems with inputs over 1.5 to 3
 decades one start in four separates within a race; with well-conditioned inputs of 32 dimensions
-one in sixty, where the path succeeds. The phase is therefore tried only where the inputs have few
-effective dimensions.
+one in sixty, where the path succeeds; with well-conditioned inputs of 16 dimensions and 256 rows
+the path with restarts failed on 2 of 6 seeds and on none with this phase before each. The phase
+is therefore tried only where the inputs have few effective dimensions.
 
 Each start works in random orthonormal coordinates of its own: Adam scales single coordinates, and
 in the eigenbasis of the inputs that would undo the variance which should lead. Steps are in units
@@ -39,7 +40,7 @@ FIRST_CHECK, CHECK_INTERVAL = 150, 50
 SEPARATION = 0.5
 """A start has separated when its loss is below this share of the median start's."""
 
-MAX_DIMENSIONS = 12.0
+MAX_DIMENSIONS = 20.0
 """Effective dimensions of the keys up to which the phase is tried."""
 
 MAX_WIDTH = 128
