@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 
 from benchmarks import picture, planted
 from benchmarks.planted_problem import NOISE
@@ -42,7 +41,6 @@ def test_finished_cases_are_kept(tmp_path):
 def test_a_case_compares_all_methods():
     from benchmarks.peers.lbfgs import LBFGS
 
-    torch.manual_seed(0)
     case = planted.minima_case(instance_of(0.0, 0, **SMALL), [LBFGS(10)], 2.0)
     assert set(case["methods"]) == {"attnreg", "torch L-BFGS (10)"}
     assert case["ours_against_best_peer"] in ("better", "equal", "worse")

@@ -69,38 +69,37 @@ class Layer:
         assert isinstance(outputs, Tensor)
         return AttentionProblem(inputs, outputs)
 
-    def head_problem(self, head: int, sequences: range, components: int) -> AttentionProblem:
+    def principal_axes(self, sequences: range, components: int) -> tuple[Tensor, Tensor]:
+        """Mean of the inputs and their leading axes, the first score of variance 1; float64."""
+        rows = self.inputs[sequences.start : sequences.stop].flatten(0, 1).double()
+        mean = rows.mean(0)
+        values, vectors = torch.linalg.eigh((rows - mean).mT @ (rows - mean) / len(rows))
+        return mean, vectors[:, -components:] / values[-1].sqrt()
+
+    def head_problem(
+        self, head: int, sequences: range, axes: tuple[Tensor, Tensor]
+    ) -> AttentionProblem:
         """One head's output as the paper's problem, float64.
 
-        The inputs are the scores of the leading principal components of all embedded inputs,
-        with a constant column; the outputs are the head's contribution, in an orthonormal basis
-        of the space in which it lies (distances are kept).
+        The inputs are the scores along :meth:`principal_axes`, with a constant column; the
+        outputs are the head's contribution, in an orthonormal basis of the space in which it
+        lies (distances are kept).
 
         Returns:
-            The problem with its regularisers.
+            The problem, without regularisers.
         """
         width = self.inputs.shape[2] // HEADS
         part = slice(head * width, (head + 1) * width)
-        weights = {n: w[..., part] for n, w in self.weights.items() if n not in ("W_O", "b_O")}
         basis, size = torch.linalg.qr(self.weights["W_O"][part].mT.double())
-        weights = {n: w.double() for n, w in weights.items()}
-        weights |= {"W_O": size.mT, "b_O": torch.zeros(basis.shape[1], dtype=torch.float64)}
-        rows = self.inputs.flatten(0, 1).double()
-        values, vectors = torch.linalg.eigh((rows - rows.mean(0)).mT @ (rows - rows.mean(0)))
-        leading = vectors[:, -components:] / (values[-1] / len(rows)).sqrt()
+        weights = {n: w[..., part].double() for n, w in self.weights.items() if n[-1] != "O"}
+        weights |= {"W_O": size.mT, "b_O": basis.new_zeros(basis.shape[1])}
         inputs = self.inputs[sequences.start : sequences.stop].double()
         blank = AttentionProblem(inputs, inputs.new_zeros((*inputs.shape[:2], basis.shape[1])))
         outputs = predict(MultiHead(1, head_dim=width), weights, blank)
         assert isinstance(outputs, Tensor)
-        scores = (inputs - rows.mean(0)) @ leading
-        scores = torch.cat([scores, torch.ones_like(scores[..., :1])], dim=2)
-        problem = AttentionProblem(scores, outputs)
-        pairs = sum(n * m for n, m in problem.lengths)
-        target = problem.target_norm_squared
-        return problem.replace(
-            ridge_x=target / (LOGIT_SIZE**2 * pairs),
-            ridge_y=target / float(problem.gram_value.trace()),
-        )
+        mean, directions = axes
+        scores = (inputs - mean) @ directions
+        return AttentionProblem(torch.cat([scores, torch.ones_like(scores[..., :1])], 2), outputs)
 
 
 def run(out: Path, seconds: float | None = None, as_json: bool = False) -> None:
@@ -133,9 +132,13 @@ def run(out: Path, seconds: float | None = None, as_json: bool = False) -> None:
 
 
 def _paper_problem(layer: Layer, console: Console) -> dict[str, float | str]:
-    problem, other = (
-        layer.head_problem(PAPER_HEAD, sequences, PAPER_COMPONENTS)
-        for sequences in (PAPER_FITTED, PAPER_HELD_OUT)
+    axes = layer.principal_axes(PAPER_FITTED, PAPER_COMPONENTS)
+    problem = layer.head_problem(PAPER_HEAD, PAPER_FITTED, axes)
+    other = layer.head_problem(PAPER_HEAD, PAPER_HELD_OUT, axes)
+    pairs, target = sum(n * m for n, m in problem.lengths), problem.target_norm_squared
+    problem = problem.replace(
+        ridge_x=target / (LOGIT_SIZE**2 * pairs),
+        ridge_y=target / float(problem.gram_value.trace()),
     )
     result = fit(problem, Bilinear(), tol=PAPER_TOL, max_seconds=PAPER_SECONDS)
     held_out = _relative_error(result.model, result.parameters, other)

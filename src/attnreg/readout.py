@@ -67,7 +67,8 @@ class NormalEquations:
             slope[: self._damped] += self._damping * readout[: self._damped]
             step = self._inverse64 @ slope
             readout -= step
-            residual.addmm_(self._columns, step, alpha=-1.0)
+            # Anew, not updated: the residual of the readout that is handed out, rounded as it is.
+            torch.addmm(targets, self._columns, readout, beta=-1.0, out=residual)
         return readout, residual
 
 

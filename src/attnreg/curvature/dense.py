@@ -54,7 +54,7 @@ def _assemble(point: Point, *, exact: bool) -> Tensor:
     kron = theta.new_zeros((upper_d.count, upper_e.count))
     slope = theta.new_zeros((v * d, d_out * e))
     residual_slope = theta.new_zeros((v * e, d_out * d))
-    cotangent = point.residual @ point.coupling.mT if exact else None
+    cotangent = point.cotangent if exact else None  # weighted, and T is linear in it
     scale = objective.model.logit_scale(objective.problem)
     for batch, first, block, second, third in features.comoments(cotangent):
         n = batch.A1.shape[1]
@@ -64,13 +64,13 @@ def _assemble(point: Point, *, exact: bool) -> Tensor:
         inputs = batch.A1[block.b0 : block.b1, block.n0 : block.n1].flatten(0, 1) * scale
         second = second.flatten(0, 1)
         change = point.coupling.mT @ second  # C
-        right = change.mT @ change
+        right, weighted = change.mT @ change, inputs
+        if objective.weights is not None:
+            weights = objective.weights[index]
+            right, weighted = right * weights[..., None], inputs * weights
         if third is not None:
             right += third.flatten(0, 1)
-        weighted = inputs
-        if objective.weights is not None:
-            weighted = inputs * objective.weights[index]
-        squares = upper_d.pack(weighted[:, :, None] * inputs[:, None, :])
+        squares = upper_d.pack(inputs[:, :, None] * inputs[:, None, :])
         kron.addmm_(squares.mT, upper_e.pack(right))
         columns = features.columns[index, :v]
         slope.addmm_(_outer(columns, weighted).mT, change.flatten(1))

@@ -32,13 +32,16 @@ recomputed from the saved log-normalisers otherwise, so memory does not grow wit
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 BLOCK_BYTES = 2 << 20
 """Size of one block of the softmax matrix: measured best between 1 and 4 MiB on CPUs."""
+
+PIECE = 16
+"""Second moments of the rows may take this many times the size of a block."""
 
 CACHE_BYTES = 10**9
 """Softmax matrices are kept between products up to this many bytes in all."""
@@ -243,8 +246,7 @@ class Attention:
             None.
         """
         e = self.width
-        for i, block in enumerate(self.blocks):
-            s = self._matrix(i)
+        for block, s in self._pieces(e * max(e, self.values.shape[-1])):
             # Moments about the mean over all keys: less is lost when the row's own mean goes.
             keys = self._key_side(self._keys, block)[..., :e]
             keys = keys - keys.mean(1, keepdim=True)
@@ -263,6 +265,16 @@ class Attention:
                 cross = torch.bmm(t, keys)[..., None] * mean[..., None, :]
                 third.sub_(cross).sub_(cross.mT)
             yield block, second, third
+
+    def _pieces(self, size: int) -> Iterator[tuple[Block, Tensor]]:
+        """Blocks and softmax matrices, cut for ``size`` more numbers in each row."""
+        room = max(1, BLOCK_BYTES // self.values.element_size()) * PIECE
+        for i, block in enumerate(self.blocks):
+            s = self._matrix(i)
+            step = max(1, room // (s.shape[1] * size))
+            for b0 in range(block.b0, block.b1, step):
+                b1 = min(block.b1, b0 + step)
+                yield replace(block, b0=b0, b1=b1), s[b0 - block.b0 : b1 - block.b0]
 
     # ------------------------------------------------------------------ one block
 

@@ -102,6 +102,17 @@ class Model(ABC):
     def logit_scale(self, problem: AttentionProblem) -> float:
         """The problem's logit scale, or the model's default where it has none."""
 
+    def logit_size(self, problem: AttentionProblem) -> float:
+        """Standard deviation of the logits that random entries of variance 1 in ``X`` make.
+
+        Returns:
+            A positive number: 1 where there are no logits. Keys are centred, because what all
+            keys of a sequence share moves no softmax.
+        """
+        query = float(problem.gram_query.trace()) / problem.total_weight
+        key = float(problem.gram_key_centered.trace()) / sum(m for _, m in problem.lengths)
+        return self.logit_scale(problem) * (query * key) ** 0.5 or 1.0
+
     @abstractmethod
     def project(
         self, problem: AttentionProblem, batch: Batch, theta: list[Tensor], *, change: bool

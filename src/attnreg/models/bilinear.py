@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,9 @@ from attnreg.kronecker import ParameterBlock
 from attnreg.models.base import Layout, Model, Parameters, Ridge
 from attnreg.models.checks import checked
 from attnreg.problem import AttentionProblem, Batch
+
+START_LOGITS = 0.01
+"""Standard deviation of the logits of a start: small, so that the data decide."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,10 @@ class Bilinear(Model):
         return Layout((block,), 1, 1, problem.d_value, False, keys_move=False, values_move=False)
 
     def start(self, problem: AttentionProblem, seed: int) -> dict[str, Tensor]:
-        """A random ``X`` whose logits have standard deviation 0.01, and ``Y = 0``."""
+        """A random ``X`` whose logits have the size ``START_LOGITS``, and ``Y = 0``."""
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(problem.d_query, problem.d_key, generator=generator, dtype=torch.float64)
-        query_size = math.sqrt(float(problem.gram_query.trace()) / problem.n_rows)
-        key_size = math.sqrt(float(problem.gram_key.trace()) / sum(m for _, m in problem.lengths))
-        size = self.logit_scale(problem) * query_size * key_size
-        x *= 0.01 / size if size > 0 else 0.0
+        x *= START_LOGITS / self.logit_size(problem)
         y = torch.zeros(problem.d_value, problem.d_out, dtype=problem.dtype)
         return {"X": x.to(problem.dtype).to(problem.device), "Y": y.to(problem.device)}
 

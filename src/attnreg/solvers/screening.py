@@ -9,9 +9,8 @@ are in equally good basins or in equally bad ones, and the path goes its way as 
 
 Measured, not proven (``benchmarks/planted.py``): on planted problems with inputs over 1.5 to 3
 decades one start in four separates within a race; with well-conditioned inputs of 32 dimensions
-one in sixty, where the path succeeds; with well-conditioned inputs of 16 dimensions and 256 rows
-the path with restarts failed on 2 of 6 seeds and on none with this phase before each. The phase
-is therefore tried only where the inputs have few effective dimensions.
+one in sixty, where the path succeeds. The phase is therefore tried only where the inputs have few
+effective dimensions.
 
 Each start works in random orthonormal coordinates of its own: Adam scales single coordinates, and
 in the eigenbasis of the inputs that would undo the variance which should lead. Steps are in units
@@ -49,11 +48,12 @@ MAX_WIDTH = 128
 START_LOGITS, LOGIT_STEP, TARGET_STEP = 0.6, 0.2, 0.04
 """Standard deviation of a start's logits, and the rates, both in units of the data."""
 
-MOMENTUM, SECOND, SMOOTHING = 0.9, 0.999, 0.98
+SMOOTHING = 0.98
+"""Weight of the past in the running loss of a start."""
 
 
 def is_worth_screening(objective: Objective) -> bool:
-    """Whether only the queries move, and keys and queries have few effective dimensions."""
+    """Whether only the queries move, without a ridge, and the keys have few dimensions."""
     layout, problem = objective.layout, objective.problem
     width = max(problem.d_query, problem.d_key, problem.d_value)
     if not layout.only_queries_move or width > MAX_WIDTH or objective.ridge is not None:
@@ -66,14 +66,6 @@ def effective_dimensions(gram: Tensor) -> float:
     """Participation ratio ``(trace G)^2 / trace(G^2)`` of a second moment; 0 where it is 0."""
     square = float(gram.square().sum())
     return float(gram.trace()) ** 2 / square if square > 0.0 else 0.0
-
-
-def logit_size(objective: Objective) -> float:
-    """Standard deviation of the logits of an ``X`` with random entries of variance 1."""
-    problem = objective.problem
-    query = float(problem.gram_query.trace()) / problem.total_weight
-    key = float(problem.gram_key_centered.trace()) / sum(m for _, m in problem.lengths)
-    return objective.model.logit_scale(problem) * (query * key) ** 0.5 or 1.0
 
 
 def screen(
@@ -101,48 +93,57 @@ def screen(
 
 
 class _Race:
-    """Float32, all starts in one leading dimension."""
+    """Float32, all starts in one leading dimension, each in coordinates of its own.
+
+    With orthonormal ``P``, ``K`` and ``V`` of a start its ``X`` is ``P parameters[0] K^T`` and its
+    ``Y`` is ``V parameters[1]``.
+    """
 
     def __init__(self, objective: Objective, theta: Tensor, generator: torch.Generator) -> None:
-        problem = self._problem = objective.problem
+        problem, model = objective.problem, objective.model
         self._generator, self._device = generator, theta.device
         self.rows = 0
-        self._scale = objective.model.logit_scale(problem)
+        self._scale, unit = model.logit_scale(problem), model.logit_size(problem)
         keys = sum(m for _, m in problem.lengths)
         value_size = (float(problem.gram_value.trace()) / keys) ** 0.5
         target_size = (objective.target_norm_squared / problem.total_weight / problem.d_out) ** 0.5
-        unit = logit_size(objective)
-        self._rates = (LOGIT_STEP / unit, TARGET_STEP * target_size / (value_size or 1.0))
         widths = (problem.d_query, problem.d_key, problem.d_value)
         self._bases = [torch.linalg.qr(self._normal(d, d)).Q for d in widths]
         x = self._normal(*widths[:2]) * (START_LOGITS / unit)
-        x[0] = theta.view(widths[:2])
+        x[0] = self._bases[0][0].mT @ theta.float().view(widths[:2]) @ self._bases[1][0]
         y = torch.zeros(STARTS, problem.d_value, problem.d_out, device=self._device)
-        self._parameters = [x, y]
-        self._first = [torch.zeros_like(p) for p in self._parameters]
-        self._second = [torch.zeros_like(p) for p in self._parameters]
+        self.parameters = [x, y]
+        rates = (LOGIT_STEP / unit, TARGET_STEP * target_size / (value_size or 1.0))
+        groups = [{"params": p, "lr": r} for p, r in zip(self.parameters, rates, strict=True)]
+        # Gradients have any unit, so nothing worth the name is added to their size.
+        self.optimiser = torch.optim.Adam(groups, eps=1e-30, fused=True)
         self._loss = torch.zeros(STARTS, device=self._device)
-        sizes = [float(b.B.shape[0]) for b in problem.batches]
+        self._chances = torch.tensor([float(batch.B.shape[0]) for batch in problem.batches])
         self._batches = [_single(batch) for batch in problem.batches]
-        self._chances = torch.tensor(sizes)
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """``X`` and ``Y`` of all starts in the problem's coordinates."""
+        (query, key, value), (x, y) = self._bases, self.parameters
+        return torch.bmm(torch.bmm(query, x), key.mT), torch.bmm(value, y)
 
     def run(self, out_of_time: Callable[[], bool]) -> Tensor | None:
         """``X`` of the start that separated, or None."""
         for step in range(1, STEPS + 1):
-            self._step(step)
+            self.step()
             if step % CHECK_INTERVAL:
                 continue
             if step >= FIRST_CHECK:
                 best = int(self._loss.argmin())
                 if float(self._loss[best]) < SEPARATION * float(self._loss.median()):
-                    return self._parameters[0][best]
+                    return self.matrices()[0][best]
             if out_of_time():
                 break
         return None
 
-    def _step(self, step: int) -> None:
-        q, k, v, b, w, bias = self._sample()
-        x, y = self._parameters
+    def step(self) -> None:
+        """One step of Adam on a window of rows of one sequence for each start."""
+        q, k, v, b, w, bias = self.sample()
+        x, y = self.matrices()
         z = torch.bmm(torch.bmm(q, x), k.mT)
         if bias is not None:
             z += bias
@@ -151,28 +152,17 @@ class _Race:
         residual = torch.bmm(f, y).sub_(b)
         weighted = residual * w
         share = (weighted * residual).sum((1, 2)) / (w * b * b).sum((1, 2)).clamp_min(1e-30)
-        self._loss.lerp_(share, 1 - SMOOTHING if step > 1 else 1.0)
+        self._loss.lerp_(share, 1 - SMOOTHING if self.rows else 1.0)
         u = torch.bmm(weighted, y.mT)
         e = torch.bmm(u, v.mT).sub_((u * f).sum(-1, keepdim=True)).mul_(s)
-        gradients = (torch.bmm(q.mT, torch.bmm(e, k)), torch.bmm(f.mT, weighted))
         query, key, value = self._bases
-        self._move(0, step, torch.bmm(torch.bmm(query.mT, gradients[0]), key), query, key)
-        self._move(1, step, torch.bmm(value.mT, gradients[1]), value, None)
+        by_x = torch.bmm(q.mT, torch.bmm(e, k))
+        self.parameters[0].grad = torch.bmm(torch.bmm(query.mT, by_x), key)
+        self.parameters[1].grad = torch.bmm(value.mT, torch.bmm(f.mT, weighted))
+        self.optimiser.step()
+        self.rows += STARTS * q.shape[1]
 
-    def _move(
-        self, i: int, step: int, gradient: Tensor, left: Tensor, right: Tensor | None
-    ) -> None:
-        """One step of Adam in the coordinates ``left``, ``right``."""
-        first, second = self._first[i], self._second[i]
-        first.lerp_(gradient, 1 - MOMENTUM)
-        second.mul_(SECOND).addcmul_(gradient, gradient, value=1 - SECOND)
-        size = (second / (1 - SECOND**step)).sqrt_()
-        change = torch.bmm(left, first / size.clamp_min_(1e-30))
-        if right is not None:
-            change = torch.bmm(change, right.mT)
-        self._parameters[i].sub_(change, alpha=self._rates[i] / (1 - MOMENTUM**step))
-
-    def _sample(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    def sample(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """For each start a window of query rows of a random sequence, all of one batch."""
         chosen = 0
         if len(self._batches) > 1:
@@ -192,7 +182,6 @@ class _Race:
             later = torch.arange(a2.shape[1], device=self._device) > rows
             hidden = torch.zeros(later.shape, device=self._device).masked_fill_(later, -torch.inf)
             additive = hidden[None] if additive is None else additive + hidden
-        self.rows += STARTS * (end - begin)
         q = a1[index, begin:end] * self._scale
         return q, a2[index], a3[index], b[index, begin:end], w[index, begin:end], additive
 

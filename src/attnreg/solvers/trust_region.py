@@ -34,11 +34,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from attnreg.curvature.dense import (
-    assemble_gauss_newton,
-    assemble_hessian,
-    assembly_cost,
-)
+from attnreg.curvature.dense import assemble_gauss_newton, assemble_hessian, assembly_cost
 from attnreg.curvature.preconditioner import BlockSolver, gauss_newton_estimate, natural_metric
 from attnreg.linear_solve.cg import conjugate_gradients
 from attnreg.linear_solve.cholesky import DenseSolver
@@ -149,21 +145,21 @@ class TrustRegion:
         cold = not self._final and layout.only_queries_move
         self._restarts = Restarts(objective, generator, self._out_of_time, allowed=cold)
 
-    def _begin(self, theta: Tensor) -> None:
-        """Goes to the first stage of the path at a start."""
-        objective = self._objective
-        features = objective.features(theta)
+    def _begin(self, theta: Tensor, stage: int = 0) -> None:
+        """Goes to a start and a stage of the path."""
+        features = self._objective.features(theta)
         columns = features.columns
         power = float(torch.linalg.vector_norm(columns, dtype=torch.float64)) ** 2
         self._unit = power / columns.shape[1]
-        self._stage = 0
+        self._stage = stage
         self._damping = DAMPING if self._final else PATH_DAMPING
         self._gain = math.inf  # share of the objective that the last step gained
         self._newton, self._newton_from, self._patience = False, 0, 2
-        self._move(Point(objective, features, self._settings.stages[0] * self._unit))
-        value = Point(objective, features).value if self._point.damping else self._point.value
-        if value < self._start_value:
-            self._start, self._start_value = theta, value
+        own = Point(self._objective, features)
+        if own.value < self._start_value:
+            self._start, self._start_value = theta, own.value
+        damping = self._settings.stages[stage] * self._unit
+        self._move(Point(self._objective, features, damping) if damping else own)
         self._first_norm = self._norm
 
     def run(self) -> Outcome:
@@ -222,10 +218,7 @@ class TrustRegion:
     def _restart(self, start: Start) -> Status | None:
         """Goes on elsewhere."""
         self._iteration += 1
-        self._begin(start.theta)
-        if not start.on_path:
-            self._stage, self._damping = len(self._settings.stages) - 1, DAMPING
-            self._move(Point(self._objective, self._point.features))
+        self._begin(start.theta, 0 if start.phase == "path" else len(self._settings.stages) - 1)
         return self._report(start.phase, 0.0, 0, accepted=True)
 
     def _solve(self, shift: float) -> Solve:
