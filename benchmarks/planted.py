@@ -15,8 +15,8 @@ so a second ratio compares both at the peer's own final loss.
     python -m benchmarks.planted --quick
     python -m benchmarks.planted --parts speed --decades 0 3 --seconds 120
 
-Cases that are in the results file already, made with the same settings on the same machine, are
-kept and not run again; --fresh runs all of them.
+With --resume, cases that are in the results file already, made with the same settings on the same
+machine, are kept and not run again; their code may be older. It also joins two processes' cases.
 """
 
 from __future__ import annotations
@@ -235,7 +235,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "speed": {},
         "minima": {},
     }  # fmt: skip
-    _resume(content, path, fresh=options.fresh)
+    if options.resume:
+        _resume(content, path)
     warm_up((OURS, *speed_peers))
     for logit_std in options.logit_std:
         for decades in options.decades:
@@ -245,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 case = speed_case(instance, speed_peers, options.seconds, options.repeats)
                 content["speed"][name] = case
                 print_speed(name, case)
-                _save(content, path)
+                _save(content, path, resume=options.resume)
             if "minima" in options.parts:
                 cases: dict[str, Any] = content["minima"].setdefault(name, {})
                 for seed in range(options.first_seed, options.first_seed + options.seeds):
@@ -256,13 +257,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         instance, minima_peers, options.minima_seconds
                     )
                     console.print(f"[dim]{name}, seed {seed} done[/dim]")
-                    _save(content, path)  # after each case: a long run may be interrupted
+                    # After each case: a long run may be interrupted.
+                    _save(content, path, resume=options.resume)
                 print_minima(name, cases)
 
 
-def _resume(content: dict[str, Any], path: Path, *, fresh: bool) -> None:
+def _resume(content: dict[str, Any], path: Path) -> None:
     """Takes over the cases of a file that was made with the same settings on the same machine."""
-    if fresh or not path.exists():
+    if not path.exists():
         return
     before = json.loads(path.read_text())
     if all(before.get(key) == content[key] for key in ("machine", "setting")):
@@ -271,9 +273,10 @@ def _resume(content: dict[str, Any], path: Path, *, fresh: bool) -> None:
             content["minima"].setdefault(name, {}).update(cases)
 
 
-def _save(content: dict[str, Any], path: Path) -> None:
-    """Writes the cases, beside those that another process has written meanwhile."""
-    _resume(content, path, fresh=False)
+def _save(content: dict[str, Any], path: Path, *, resume: bool) -> None:
+    """Writes the cases; with `resume` beside those that another process wrote meanwhile."""
+    if resume:
+        _resume(content, path)
     write_json(path, content)
 
 
@@ -289,7 +292,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="budget of a run, speed part (120)")
     parser.add_argument("--minima-seconds", type=float, help="budget of a run, minima part (60)")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--fresh", action="store_true", help="keep nothing of the results file")
+    parser.add_argument("--resume", action="store_true", help="keep cases of the results file")
     parser.add_argument("--processes", type=int, default=1, help="run side by side, for the record")
     parser.add_argument("--only", help="only peers whose name contains this")
     parser.add_argument("--threads", type=int, help="of torch")

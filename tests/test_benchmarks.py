@@ -1,10 +1,12 @@
 """What the benchmarks stand on: the planted problem, resumed files and the picture."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
-from benchmarks import picture, planted
+from benchmarks import planted, summary
 from benchmarks.planted_problem import NOISE
 from benchmarks.planted_problem import planted as instance_of
 
@@ -23,19 +25,23 @@ def test_planted_problem_is_what_it_says(decades):
     assert instance.initial_loss == pytest.approx(float(B.square().sum()), rel=1e-12)
 
 
-def test_finished_cases_are_kept(tmp_path):
+def test_finished_cases_are_kept_on_request_only(tmp_path):
     content = {"machine": {"cores": 2}, "setting": {"seconds": 1}, "speed": {}, "minima": {}}
     path = tmp_path / "planted.json"
     done = content | {"speed": {"a": 1}, "minima": {"a": {"seed 0": 2}}}
     path.write_text(json.dumps(done))
     content["minima"] = {"a": {"seed 1": 3}}
-    planted._save(content, path)
+    planted._save(content, path, resume=True)
     written = json.loads(path.read_text())
     assert written["speed"] == {"a": 1}
     assert written["minima"] == {"a": {"seed 0": 2, "seed 1": 3}}
     other = content | {"setting": {"seconds": 2}, "speed": {}}
-    planted._resume(other, path, fresh=False)
+    planted._resume(other, path)
     assert other["speed"] == {}
+    fresh = content | {"speed": {}, "minima": {}}
+    planted._save(fresh, path, resume=False)
+    written = json.loads(path.read_text())
+    assert written["speed"] == written["minima"] == {}
 
 
 def test_a_case_compares_all_methods():
@@ -50,7 +56,27 @@ def test_a_case_compares_all_methods():
     assert all(0 < loss < case["initial_loss"] for loss in losses.values())
 
 
-def test_the_picture_is_drawn_from_the_results(tmp_path, monkeypatch):
-    monkeypatch.setattr(picture, "PICTURE", tmp_path / "picture.png")
-    picture.main()
+def test_the_figures_of_the_readme_come_from_the_results(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(summary.console, "print", lines.append)
+    monkeypatch.setattr(summary, "PICTURE", tmp_path / "picture.png")
+    summary.main()
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    text, readme = "\n".join(lines), (Path(__file__).parent.parent / "README.md").read_text()
+    printed = {
+        "planted, 0 decades.*?median ([0-9.]+) s": 2,
+        "planted, 1.5 decades.*?median ([0-9.]+) s": 1,
+        "planted, 3 decades.*?median ([0-9.]+) s": 1,
+        "best L-BFGS reached ([0-9.]+) times": 0,
+        "best Adam reached ([0-9.]+) times": 1,
+        "n = 128: ([0-9.]+) x forward": 1,
+        "n = 2048: ([0-9.]+) x forward": 1,
+        "n = 128: .*?, ([0-9.]+) x its": 2,
+        "n = 2048: .*?, ([0-9.]+) x its": 2,
+        "peak ([0-9.]+) GiB": 2,
+    }
+    for pattern, digits in printed.items():
+        found = re.search(pattern, text)
+        assert found, pattern
+        assert re.search(rf"\b{re.escape(f'{float(found[1]):.{digits}f}')}\b", readme), pattern
+    assert re.search("0 decades.*on 10 of 10 seeds, worse than a peer on 0", text)

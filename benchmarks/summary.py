@@ -1,11 +1,12 @@
-"""The picture of the README, drawn from the results in benchmarks/results/.
+"""The README's figures and its picture, from the results in benchmarks/results/.
 
-python -m benchmarks.picture
+python -m benchmarks.summary
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,13 @@ COLOURS |= {"newton-cg": "tab:olive", "marquardt": "tab:purple", "scipy": "tab:r
 
 
 def main() -> None:
-    """Draws the real layer on the left and the planted problems on the right."""
-    layer, planted = (
-        json.loads((RESULTS / name).read_text()) for name in ("real_layer.json", "planted.json")
+    """Prints the figures; draws the real layer on the left, the planted problems on the right."""
+    names = ("planted", "real_layer", "product_cost", "tail")
+    planted, layer, product, tail = (
+        json.loads((RESULTS / f"{name}.json").read_text()) for name in names
     )
+    for line in (*_planted(planted), *_layer(layer), *_product(product), *_tail(tail)):
+        console.print(line)
     with mpl.rc_context({"font.size": 9}):
         figure = Figure(figsize=(11, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
@@ -34,6 +38,56 @@ def main() -> None:
         _draw_planted(right, planted)
         figure.savefig(PICTURE, dpi=130)
     console.print(f"written: docs/{PICTURE.name}")
+
+
+def _planted(content: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, seeds in content["minima"].items():
+        pairs = [case["seconds_to_best"] for case in seeds.values()]
+        ours = [pair["attnreg"] for pair in pairs if pair["attnreg"] is not None]
+        ratios = [p["best_peer"] / p["attnreg"] for p in pairs if p["best_peer"] and p["attnreg"]]
+        worse = sum(case["ours_against_best_peer"] == "worse" for case in seeds.values())
+        line = f"planted, {name}: best minimum on {len(ours)} of {len(seeds)} seeds, worse than a "
+        line += f"peer on {worse}, median {statistics.median(ours):.2f} s; a peer gets there on "
+        line += f"{len(ratios)}"
+        if ratios:
+            line += f", {min(ratios):.1f} to {max(ratios):.1f} times later"
+            line += f" (median {statistics.median(ratios):.1f})"
+        lines.append(line)
+    for name, case in content["speed"].items():
+        bounds = [row["ratio_at_least"] for row in case["methods"].values()]
+        reached = sum(row["seconds"] is not None for row in case["methods"].values())
+        line = f"planted, {name}, seed 0: {reached} of {len(bounds)} methods get to the best"
+        least = [bound for bound in bounds if bound is not None]
+        lines.append(f"{line}, the others at least {min(least):.0f} times later" if least else line)
+    return lines
+
+
+def _layer(content: dict[str, Any]) -> list[str]:
+    lines = [
+        f"real layer: error {row['target']:.3f} of the best {family} reached "
+        f"{row['ratio']:.1f} times sooner"
+        for family, row in content["seconds_to"].items()
+    ]
+    held_out = {name: f"{run['held_out']:.2f}" for name, run in content["runs"].items()}
+    return [*lines, f"real layer, held-out errors: {held_out}"]
+
+
+def _product(content: dict[str, Any]) -> list[str]:
+    lines = [
+        f"product, n = {case['rows']}: {case['ratios']['product / forward']:.2f} x forward, "
+        f"{case['ratios']['product / GEMMs']:.2f} x its matrix products"
+        for case in content["cases"]
+    ]
+    return [*lines, f"product, n = 16384: peak {content['memory']['peak_gib']:.2f} GiB"]
+
+
+def _tail(content: dict[str, Any]) -> list[str]:
+    return [
+        f"tail, seed {case['seed']}: "
+        + ", ".join(f"{row['gradient_norm']:.0e}" for row in case["iterations"][-5:])
+        for case in content["cases"]
+    ]
 
 
 def _draw_layer(axes: Axes, content: dict[str, Any]) -> None:
