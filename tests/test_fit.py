@@ -11,7 +11,7 @@ import attnreg.solvers.trust_region as trust_region
 from attnreg.fitting import fit
 from attnreg.models import Bilinear, MultiHead
 from attnreg.objective import Objective, Point
-from attnreg.solvers.records import Status
+from attnreg.records import Status
 from tests.cases import RIDGES, moved, planted
 from tests.twins import Twin, normal, relative
 

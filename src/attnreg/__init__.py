@@ -10,8 +10,8 @@ and ``curvature``; ``notation`` has the conventions.
 from attnreg.fitting import fit
 from attnreg.models import Bilinear, MultiHead, pool_kv_heads
 from attnreg.problem import AttentionProblem
+from attnreg.records import IterationRecord, Status
 from attnreg.result import FitResult, predict
-from attnreg.solvers.records import IterationRecord, Status
 
 __version__ = "0.1.0"
 

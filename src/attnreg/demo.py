@@ -27,11 +27,11 @@ from torch import Tensor
 from attnreg.fitting import fit
 from attnreg.models import Bilinear, Model, MultiHead, pool_kv_heads
 from attnreg.problem import AttentionProblem
+from attnreg.records import IterationRecord
 from attnreg.report.baselines import adam, lbfgs
 from attnreg.report.figures import save_figures
 from attnreg.report.trace import Trace
 from attnreg.result import FitResult, predict
-from attnreg.solvers.records import IterationRecord
 
 HEADS, KV_HEADS = 12, 4
 FITTED, VALIDATION = range(48), range(48, 60)

@@ -13,9 +13,9 @@ from attnreg.models import Bilinear, Model
 from attnreg.objective import Objective
 from attnreg.problem import AttentionProblem
 from attnreg.progress import ProgressDisplay
+from attnreg.records import IterationRecord
 from attnreg.result import FitResult
 from attnreg.solvers.path import stages_for
-from attnreg.solvers.records import IterationRecord
 from attnreg.solvers.trust_region import Outcome, Settings, TrustRegion
 
 Callback = Callable[[IterationRecord], bool | None]

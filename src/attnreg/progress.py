@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from attnreg.problem import AttentionProblem
-from attnreg.solvers.records import IterationRecord
+from attnreg.records import IterationRecord
 
 
 class ProgressDisplay:

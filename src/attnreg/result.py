@@ -13,7 +13,7 @@ from torch import Tensor
 from attnreg.masks import and_causal
 from attnreg.models import Bilinear, Features, Model, MultiHead
 from attnreg.problem import AttentionProblem
-from attnreg.solvers.records import IterationRecord, Status
+from attnreg.records import IterationRecord, Status
 from attnreg.storage import read_tensors, write_tensors
 
 

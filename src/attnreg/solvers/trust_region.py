@@ -40,7 +40,7 @@ from attnreg.linear_solve.cg import conjugate_gradients
 from attnreg.linear_solve.cholesky import DenseSolver
 from attnreg.linear_solve.solve import Solve
 from attnreg.objective import Objective, Point
-from attnreg.solvers.records import IterationRecord, Status
+from attnreg.records import IterationRecord, Status
 from attnreg.solvers.restarts import Restarts, Start
 
 STAGE_GAIN = 1e-2
