@@ -1,10 +1,11 @@
-r"""Proven constants of the objective: softmax cumulants, third derivative, spectrum, convexity.
+r"""Proven constants of the objective: softmax cumulants, third derivative, spectrum.
 
-All sizes are those of the whitened coordinates: ``x = ||X'||_F``, ``y = ||Y'||_F``; rows ``a'_j``
-(with the logit scale), ``k'_i``, ``v'_i``; ``w_i = Y^T v_i``. ``K``, ``delta`` and ``omega`` are the
-diameters of the ``k'``, ``v'`` and ``w`` of a sequence, ``beta`` the largest ``||v'||``, ``alpha_j =
-||a'_j||``, ``rho_j = ||r_j||``, ``g1`` the largest eigenvalue of ``sum_j w_j a'_j a'_j^T`` (1 up to
-rounding), ``sigma`` the spectral norm of the weighted features. ``docs/theory.md`` has the proofs.
+All sizes are those of the whitened coordinates: ``x = ||X'||_F``, ``y = ||Y'||_F``; rows
+``a'_j`` (with the logit scale), ``k'_i``, ``v'_i``; ``w_i = Y^T v_i``. ``K``, ``delta`` and
+``omega`` are the diameters of the ``k'``, ``v'`` and ``w`` of a sequence, ``beta`` the largest
+``||v'||``, ``alpha_j = ||a'_j||``, ``rho_j = ||r_j||``, ``g1`` the largest eigenvalue of ``sum_j
+w_j a'_j a'_j^T`` (1 up to rounding), ``sigma`` the spectral norm of the weighted features.
+``docs/theory.md`` has the proofs.
 
 **Cumulants.** For a distribution on finitely many points and functions ``z`` of range ``R`` and
 ``w`` of diameter ``W``: ``|k2(w, z)| <= W R / 4``, ``|k3(w, z, z)| <= C3 W R^2``,
@@ -22,7 +23,6 @@ and every term is bounded by the cumulants and Cauchy-Schwarz (:func:`third_deri
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 import torch
@@ -109,9 +109,7 @@ class Geometry:
         """Bounds that hold on a ball, as :meth:`Sizes.enlarged`."""
         spread = max(s.delta * s.K for s in self.sequences)
         features = self.features + C2 * spread * self.queries**0.5 * x
-        return Geometry(
-            tuple(s.enlarged(x, y) for s in self.sequences), features, self.queries
-        )
+        return Geometry(tuple(s.enlarged(x, y) for s in self.sequences), features, self.queries)
 
 
 def third_derivative(geometry: Geometry, x: float, y: float) -> float:
@@ -138,9 +136,8 @@ def third_derivative(geometry: Geometry, x: float, y: float) -> float:
         + 6 * C3 * sigma * root * top(lambda s: s.omega * s.K**2 * s.alpha)
         + 12 * C2**2 * g1 * top(lambda s: s.omega * s.delta * s.K**2)
     )
-    xxx = (
-        2 * C4 * g1 * top(lambda s: s.rho_alpha * s.omega * s.K**3)
-        + 6 * C2 * C3 * g1 * top(lambda s: s.omega**2 * s.K**3 * s.alpha)
+    xxx = 2 * C4 * g1 * top(lambda s: s.rho_alpha * s.omega * s.K**3) + 6 * C2 * C3 * g1 * top(
+        lambda s: s.omega**2 * s.K**3 * s.alpha
     )
     return float(SAFETY * (yyx * y * y * x + yxx * y * x * x + xxx * x**3))
 
@@ -241,60 +238,6 @@ class SpectrumObserver:
         factor = SAFETY * self._setting.scale**2
         load = max(float(load.max()) for load in self._loads)
         return SpectrumBounds(factor * self._kappa, factor * self._tau, (factor * load) ** 0.5)
-
-
-@dataclass(frozen=True)
-class Convexity:
-    """Whether the reduced objective is strongly convex on the whole space.
-
-    Attributes:
-        modulus: ``mu`` with reduced Hessian ``>= mu`` in ``||X'||_F``; certified where positive.
-        needed: The smallest ``ridge_x`` that would be enough.
-    """
-
-    modulus: float
-    needed: float
-
-
-def convexity(setting: Setting, geometry: Geometry, gram_errors: Items[float]) -> Convexity:
-    r"""Strong convexity of the reduced objective from the ridges alone.
-
-    At the optimal ``Y`` of any ``X`` the value is at most that at ``Y0``, so that ``||R||^2 +
-    ridge_y ||A3 (Y - Y0)||^2 <= b^2`` with ``b^2 = sum_j w_j max_i ||Y0^T v_i - b_j||^2``. The
-    second derivative in direction ``dX`` is the least joint one over ``dY``; without its square::
-
-        2 [ridge_x / scale^2 - tau - nu^2 / ridge_y] x^2,    nu = delta K b sqrt(g1) / 4,
-        tau = C3 alpha K^2 sqrt(g1) (omega0 b + delta b^2 / (2 sqrt(ridge_y)))
-
-    with ``omega0`` the diameter of ``Y0^T v``. With ``Y0 = 0`` this is the statement for a ridge
-    centred at 0; it needs a ridge so strong that it is of use for small moves from a centre only.
-
-    Args:
-        setting: The problem.
-        geometry: Its sizes; those that depend on the point are not used.
-        gram_errors: Bounds on ``||G' - I||`` of the whitened queries, keys and values.
-
-    Returns:
-        The modulus, minus infinity without ``ridge_y``, and the ridge needed.
-    """
-    scale, ridge_y = setting.scale, setting.ridge_y * (1 - gram_errors[2])
-    if not ridge_y > 0:
-        return Convexity(-math.inf, math.inf)
-    square, omega0 = 0.0, []
-    for s in setting.sequences:
-        outputs = (s.v @ setting.y_center)[s.seen]
-        farthest = torch.cdist(s.b, outputs).amax(1)
-        square += float((s.w * farthest.square()).sum())
-        omega0.append(SAFETY * diameter(outputs))
-    b, root = SAFETY * square**0.5, geometry.queries**0.5
-    nu = max(C2 * s.delta * s.K for s in geometry.sequences) * b * root
-    tau = max(
-        C3 * s.alpha * s.K**2 * root * (o * b + s.delta * b**2 / (2 * ridge_y**0.5))
-        for s, o in zip(geometry.sequences, omega0, strict=True)
-    )
-    need = SAFETY * (tau + nu**2 / ridge_y)
-    share = (1 - gram_errors[0]) * (1 - gram_errors[1])
-    return Convexity(2 * (setting.ridge_x / scale**2 * share - need), need * scale**2 / share)
 
 
 def diameter(points: Tensor) -> float:

@@ -69,15 +69,15 @@ class CurvatureObserver:
         self._setting, self._coordinates = setting, coordinates
         self._r1, self._r2, self._r3 = coordinates.shape
         self._out = setting.y.shape[1]
-        zeros = dict(dtype=torch.float64)
         r1, r2, r3, out = self._r1, self._r2, self._r3, self._out
-        self._xx = torch.zeros(r1 * r1, r2 * r2, **zeros)  # type: ignore[arg-type]
-        self._slope = torch.zeros(r3 * r1, out * r2, **zeros)  # type: ignore[arg-type]
-        self._residual_slope = torch.zeros(r3 * r2, out * r1, **zeros)  # type: ignore[arg-type]
-        self._yy = torch.zeros(r3, r3, **zeros)  # type: ignore[arg-type]
-        self._g1 = torch.zeros(r1, r1, **zeros)  # type: ignore[arg-type]
-        self._errors = torch.zeros(3, **zeros)  # type: ignore[arg-type]
-        self._index, self._keys = -1, None
+        self._xx = torch.zeros(r1 * r1, r2 * r2, dtype=torch.float64)
+        self._slope = torch.zeros(r3 * r1, out * r2, dtype=torch.float64)
+        self._residual_slope = torch.zeros(r3 * r2, out * r1, dtype=torch.float64)
+        self._yy = torch.zeros(r3, r3, dtype=torch.float64)
+        self._g1 = torch.zeros(r1, r1, dtype=torch.float64)
+        self._errors = torch.zeros(3, dtype=torch.float64)
+        self._index = -1
+        self._keys: _Keys | None = None
 
     def __call__(self, rows: Rows) -> None:
         """Takes in a block of rows."""
@@ -138,9 +138,9 @@ class CurvatureObserver:
         s = self._setting.sequences[index]
         k, v = self._coordinates.keys(s.k), self._coordinates.values(s.v)
         outputs = s.v @ self._setting.y
-        parts = [_about_mean(k), _about_mean(v), outputs - outputs.mean(0)]
-        sizes = tuple(2 * float(part.norm(dim=1).max()) for part in parts)
-        return _Keys(*parts, sizes)  # type: ignore[arg-type]
+        parts = (_about_mean(k), _about_mean(v), outputs - outputs.mean(0))
+        sizes = [2 * float(part.norm(dim=1).max()) for part in parts]
+        return _Keys(*parts, (sizes[0], sizes[1], sizes[2]))
 
     def _moments(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``C``, ``D`` and ``C^T C + T`` of some rows."""

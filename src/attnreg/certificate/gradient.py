@@ -10,7 +10,7 @@ softmax ``s_j``, features ``p_j = sum_i s_ji v_i`` and residual ``r_j = Y^T p_j 
 
 At a minimiser the sums cancel, and what float64 leaves of them is rounding: a certificate from it
 would bound the rounding, not the gap. Here every product carries about 80 bits. The error is
-bounded by ``unit`` times the same sums over absolute values, with ``unit`` at least ``2^-64``:
+bounded by ``unit`` times the same sums over absolute values, with ``unit`` at least ``2^-72``:
 that is the model of rounding which a certificate in doubled arithmetic assumes, and states; its
 tests compare with 50 digits. Ball arithmetic (:mod:`attnreg.certificate.rigorous`) does without.
 """
@@ -38,7 +38,7 @@ from attnreg.certificate.doubled import (
     total,
 )
 
-UNIT = 2.0**-64
+UNIT = 2.0**-72
 """Relative error that is assumed of sums in doubled arithmetic, at least."""
 
 HIDDEN = -1e300
