@@ -26,7 +26,33 @@ class Convexity:
     needed: float
 
 
-def convexity(setting: Setting, geometry: Geometry, gram_errors: Sequence[float]) -> Convexity:
+@dataclass(frozen=True)
+class Level:
+    """What is known of every point whose ``Y`` is optimal.
+
+    Attributes:
+        size: ``b``: bound on ``||R||``, and on ``sqrt(ridge_y) ||A3 (Y - Y0)||``.
+        omega: ``omega0`` of each sequence: the diameter of ``Y0^T v``.
+    """
+
+    size: float
+    omega: tuple[float, ...]
+
+    @staticmethod
+    def of(setting: Setting) -> Level:
+        """Computes them in float64."""
+        square, omega = 0.0, []
+        for s in setting.sequences:
+            outputs = (s.v @ setting.y_center)[s.seen]
+            farthest = torch.cdist(s.b, outputs).amax(1)
+            square += float((s.w * farthest.square()).sum())
+            omega.append(SAFETY * diameter(outputs))
+        return Level(SAFETY * square**0.5, tuple(omega))
+
+
+def convexity(
+    setting: Setting, geometry: Geometry, gram_errors: Sequence[float], level: Level | None = None
+) -> Convexity:
     r"""Strong convexity of the reduced objective from the ridges alone.
 
     At the optimal ``Y`` of any ``X`` the value is at most that at ``Y0``, so that ``||R||^2 +
@@ -43,6 +69,7 @@ def convexity(setting: Setting, geometry: Geometry, gram_errors: Sequence[float]
         setting: The problem.
         geometry: Its sizes; those that depend on the point are not used.
         gram_errors: Bounds on ``||G' - I||`` of the whitened queries, keys and values.
+        level: If it is known already.
 
     Returns:
         The modulus, minus infinity without ``ridge_y``, and the ridge needed.
@@ -50,17 +77,12 @@ def convexity(setting: Setting, geometry: Geometry, gram_errors: Sequence[float]
     scale, ridge_y = setting.scale, setting.ridge_y * (1 - gram_errors[2])
     if not ridge_y > 0:
         return Convexity(-math.inf, math.inf)
-    square, omega0 = 0.0, []
-    for s in setting.sequences:
-        outputs = (s.v @ setting.y_center)[s.seen]
-        farthest = torch.cdist(s.b, outputs).amax(1)
-        square += float((s.w * farthest.square()).sum())
-        omega0.append(SAFETY * diameter(outputs))
-    b, root = SAFETY * square**0.5, geometry.queries**0.5
+    level = Level.of(setting) if level is None else level
+    b, root = level.size, geometry.queries**0.5
     nu = max(C2 * s.delta * s.K for s in geometry.sequences) * b * root
     tau = max(
         C3 * s.alpha * s.K**2 * root * (o * b + s.delta * b**2 / (2 * ridge_y**0.5))
-        for s, o in zip(geometry.sequences, omega0, strict=True)
+        for s, o in zip(geometry.sequences, level.omega, strict=True)
     )
     need = SAFETY * (tau + nu**2 / ridge_y)
     share = (1 - gram_errors[0]) * (1 - gram_errors[1])

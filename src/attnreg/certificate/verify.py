@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from attnreg.certificate.bounds import Geometry, GeometryObserver
+from attnreg.certificate.bounds import GeometryObserver
 from attnreg.certificate.certificate import Certificate, Kind, parameters_digest
-from attnreg.certificate.convexity import Convexity, convexity, global_statement
+from attnreg.certificate.convexity import convexity, global_statement
 from attnreg.certificate.coordinates import Coordinates, Setting
 from attnreg.certificate.curvature import CurvatureObserver
-from attnreg.certificate.gradient import Gradient, evaluate
-from attnreg.certificate.local import Local, local_statement
+from attnreg.certificate.findings import Findings, dual_norm, not_definite
+from attnreg.certificate.gradient import evaluate
+from attnreg.certificate.local import local_statement
+from attnreg.certificate.rigorous import ENCLOSED, rigorous_findings
 from attnreg.certificate.spectrum import lower_bounds, smallest_curvature
 from attnreg.models import Bilinear
 from attnreg.problem import AttentionProblem
@@ -36,35 +37,13 @@ DOUBLED = (
 )
 
 
-@dataclass(frozen=True)
-class Findings:
-    """What was computed of a point, before it is put into words.
-
-    Attributes:
-        gradient: The gradient with its errors.
-        gradient_norm: As in the certificate.
-        geometry: Sizes at the point.
-        local: The local statement; None where the Hessian is not proven positive definite.
-        convexity: Of the reduced objective.
-        obstacle: Why ``local`` is None.
-        gram_errors: Bounds on ``||G' - I||`` of the whitened queries, keys and values.
-    """
-
-    gradient: Gradient
-    gradient_norm: float
-    geometry: Geometry
-    local: Local | None
-    convexity: Convexity
-    obstacle: str
-    gram_errors: tuple[float, float, float]
-
-
 def verify(
     problem: AttentionProblem,
     X: Tensor | FitResult,
     Y: Tensor | None = None,
     *,
     tolerance: float = 1e-8,
+    rigorous: bool = False,
 ) -> Certificate:
     """Says what can be proven of parameters: nothing of how they were found is used.
 
@@ -74,6 +53,8 @@ def verify(
         Y: ``Y`` of the bilinear model; left out where a result is given.
         tolerance: ``STATIONARY`` is stated where the dual norm of the joint gradient in the natural
             metric is at most ``tolerance ||B - mean||_F^2``.
+        rigorous: Whether everything is computed in ball arithmetic, so that no model of rounding
+            is assumed; for small problems, and needs the extra ``attnreg[rigorous]``.
 
     Returns:
         The strongest certificate that holds.
@@ -86,9 +67,10 @@ def verify(
     parameters = _parameters(X, Y)
     setting = Setting.of(problem, parameters)
     coordinates = Coordinates.of(setting, problem.dtype)
-    found = _findings(problem, setting, coordinates)
+    compute = rigorous_findings if rigorous else _findings
+    found = compute(problem, setting, coordinates)
     digests = (problem.digest(), parameters_digest(parameters, repr(Bilinear())))
-    assumptions = (*DOUBLED, *_held(coordinates))
+    assumptions = (*(ENCLOSED if rigorous else DOUBLED), *_held(coordinates))
     return _certificate(problem, found, assumptions, tolerance, digests)
 
 
@@ -122,27 +104,16 @@ def _findings(problem: AttentionProblem, setting: Setting, coordinates: Coordina
         if bounds is not None:
             local = local_statement(geometry, bounds)
         else:
-            obstacle = _not_definite(smallest_curvature(curvature))
+            obstacle = not_definite(smallest_curvature(curvature))
     return Findings(
         gradient=gradient,
-        gradient_norm=_gradient_norm(problem, gradient, errors),
+        gradient_norm=dual_norm(problem, gradient, errors),
         geometry=geometry,
         local=local,
         convexity=convexity(setting, geometry, errors),
         obstacle=obstacle,
         gram_errors=errors,
-    )
-
-
-def _not_definite(smallest: float) -> str:
-    if smallest < -1e-8:
-        return (
-            f"the Hessian has negative curvature ({smallest:.1e} after scaling to unit diagonal): "
-            "a saddle point or a point far from a minimiser; continue the fit"
-        )
-    return (
-        f"the Hessian is singular to working precision (smallest curvature {smallest:.1e} after "
-        "scaling to unit diagonal): set ridge_x and ridge_y"
+        method="doubled",
     )
 
 
@@ -162,21 +133,6 @@ def _gram_errors(setting: Setting, coordinates: Coordinates) -> tuple[float, flo
         gram.diagonal().sub_(1.0)
         errors.append(float(gram.norm()) * (1 + 1e-6) + 1e-13)
     return errors[0], errors[1], errors[2]
-
-
-def _gradient_norm(
-    problem: AttentionProblem, gradient: Gradient, errors: tuple[float, float, float]
-) -> float:
-    """Dual norm over ``||B - mean||^2``; outputs are measured in the root of that."""
-    target = problem.target_norm_squared or 1.0
-    x = float(gradient.x.norm()) + gradient.x_error
-    y = float(gradient.y.norm()) + gradient.y_error
-    share = [1 - min(error, 0.5) for error in errors]
-    if not problem.ridge_x:
-        share[1] = 1.0
-    if not problem.ridge_y:
-        share[2] = 1.0
-    return math.hypot(x / target / (share[0] * share[1]) ** 0.5, y / (target * share[2]) ** 0.5)
 
 
 def _held(coordinates: Coordinates) -> tuple[str, ...]:
@@ -242,7 +198,7 @@ def _certificate(
         norm=norm,
         loss=found.gradient.loss,
         value=found.gradient.value,
-        method="doubled",
+        method=found.method,
         failure_probability=0.0,
         problem_digest=digests[0],
         parameters_digest=digests[1],
