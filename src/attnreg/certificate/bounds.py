@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from attnreg.certificate.coordinates import Coordinates, Setting
+from attnreg.certificate.doubled import about_mean, matmul
 from attnreg.certificate.gradient import Rows
 
 C2 = 1 / 4
@@ -41,8 +42,8 @@ C4 = 0.1266
 """Bound on the fourth one; its supremum is 1/8, numerically."""
 
 SAFETY = 1 + 1e-9
-"""Sizes are computed in float64 and enlarged by this: sums of terms of one sign, no cancellation
-beyond that of the differences of whitened rows."""
+"""Sizes are enlarged by this. Rows are computed in doubled arithmetic about their means; what is
+left is float64 sums of terms of one sign."""
 
 _MANY = 4096
 """A sequence of more keys gets its diameter from the distances to one point, doubled."""
@@ -154,11 +155,11 @@ class GeometryObserver:
         self._coordinates = coordinates
         self._static = []
         for s in setting.sequences:
-            k = coordinates.keys(s.k).hi[s.seen]
-            v = coordinates.values(s.v).hi[s.seen]
-            w = (s.v @ setting.y)[s.seen]
-            beta = float(v.norm(dim=1).max())
-            self._static.append((diameter(k), diameter(v), diameter(w), beta))
+            values = coordinates.values(s.v)
+            rows = (coordinates.keys(s.k), values, matmul(s.v, setting.y))
+            beta = float(values.hi[s.seen].norm(dim=1).max())
+            sizes = [diameter(about_mean(part)[s.seen]) for part in rows]
+            self._static.append((*sizes, beta))
         self._rows = [[0.0, 0.0, 0.0] for _ in setting.sequences]
         r1, _, r3 = coordinates.shape
         self._queries = torch.zeros(r1, r1, dtype=torch.float64)

@@ -10,6 +10,7 @@ import torch
 
 from attnreg.certificate.bounds import C2, C3, SAFETY, Geometry, diameter
 from attnreg.certificate.coordinates import Setting
+from attnreg.certificate.doubled import matmul, subtract
 from attnreg.certificate.gradient import Gradient
 
 
@@ -43,8 +44,10 @@ class Level:
         """Computes them in float64."""
         square, omega = 0.0, []
         for s in setting.sequences:
-            outputs = (s.v @ setting.y_center)[s.seen]
-            farthest = torch.cdist(s.b, outputs).amax(1)
+            mean = s.b.mean(0)
+            outputs = subtract(matmul(s.v, setting.y_center), mean.expand(len(s.v), -1)).hi[s.seen]
+            mode = "donot_use_mm_for_euclid_dist"
+            farthest = torch.cdist(s.b - mean, outputs, compute_mode=mode).amax(1)
             square += float((s.w * farthest.square()).sum())
             omega.append(SAFETY * diameter(outputs))
         return Level(SAFETY * square**0.5, tuple(omega))

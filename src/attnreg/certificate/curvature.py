@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from attnreg.certificate.coordinates import Coordinates, Setting
-from attnreg.certificate.doubled import Doubled, subtract
+from attnreg.certificate.doubled import about_mean, matmul
 from attnreg.certificate.gradient import Rows
 
 _PIECE = 1 << 19
@@ -137,8 +137,7 @@ class CurvatureObserver:
     def _centred(self, index: int) -> _Keys:
         s = self._setting.sequences[index]
         k, v = self._coordinates.keys(s.k), self._coordinates.values(s.v)
-        outputs = s.v @ self._setting.y
-        parts = (_about_mean(k), _about_mean(v), outputs - outputs.mean(0))
+        parts = (about_mean(k), about_mean(v), about_mean(matmul(s.v, self._setting.y)))
         sizes = [2 * float(part.norm(dim=1).max()) for part in parts]
         return _Keys(*parts, (sizes[0], sizes[1], sizes[2]))
 
@@ -152,11 +151,6 @@ class CurvatureObserver:
         values = torch.matmul(keys.v.mT, weighted)
         third = torch.matmul((weighted * t[..., None]).mT, centred)
         return change, values, torch.matmul(change.mT, change) + third
-
-
-def _about_mean(rows: Doubled) -> Tensor:
-    mean = rows.hi.mean(0).expand_as(rows.hi)
-    return subtract(rows, mean).hi
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:

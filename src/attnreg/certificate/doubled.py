@@ -128,6 +128,11 @@ def matmul(left: Number, right: Number, slices: int = SLICES) -> Doubled:
     return Doubled(hi, lo)
 
 
+def about_mean(rows: Doubled) -> Tensor:
+    """Rows less their mean (as rounded to float64), which loses no digits to a common offset."""
+    return subtract(rows, rows.hi.mean(0).expand_as(rows.hi)).hi
+
+
 def matmul_error(left: Tensor, right: Tensor, slices: int = SLICES) -> float:
     """Bound on the size of an entry that :func:`matmul` leaves out.
 
