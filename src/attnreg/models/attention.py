@@ -60,6 +60,24 @@ class Block:
     m1: int
 
 
+@dataclass(frozen=True)
+class Comoments:
+    """Moments of some rows, see :meth:`Attention.comoments`.
+
+    Attributes:
+        block: Which rows; the leading dimensions are its sequences times its key/value heads, and
+            query heads of one key/value head times its rows.
+        mean: ``(..., q)``.
+        second: ``(..., q, p)``.
+        third: ``(..., p, p)``, or None.
+    """
+
+    block: Block
+    mean: Tensor
+    second: Tensor
+    third: Tensor | None
+
+
 def plan_blocks(
     shape: tuple[int, int, int, int, int], itemsize: int, causal: bool
 ) -> Iterator[Block]:
@@ -230,51 +248,63 @@ class Attention:
             self._write(hq, block, change)
         return hq, _rows(hk), _rows(hv)
 
-    def comoments(self, cotangent: Tensor | None) -> Iterator[tuple[Block, Tensor, Tensor | None]]:
-        """Central co-moments of values and keys under the softmax of each row, block by block.
+    def comoments(
+        self, keys: Tensor, values: Tensor, cotangent: Tensor | None
+    ) -> Iterator[Comoments]:
+        """Means and central co-moments under the softmax of each row and head, block by block.
 
-        For one head only. With the softmax ``s`` of a row and its cotangent ``u``::
+        With the softmax ``s`` of a row, ``t_i = s_i <V_i - F, u>`` for its cotangent ``u``, and
+        rows ``a_i`` of ``keys`` and ``c_i`` of ``values``::
 
-            D = sum_i s_i (v_i - v_mean) (k_i - k_mean)^T
-            T = sum_i s_i <v_i - v_mean, u> (k_i - k_mean) (k_i - k_mean)^T
+            mean = sum_i s_i c_i
+            second = sum_i s_i (c_i - mean) (a_i - sum_l s_l a_l)^T
+            third = sum_i t_i (a_i - sum_l s_l a_l) (a_i - sum_l s_l a_l)^T
 
         Args:
-            cotangent: ``(b, n, v)``, or None where ``T`` is not wanted.
+            keys: ``(b, m, p)``: the core's own keys, or what they are linear in.
+            values: ``(b, m, q)``, likewise.
+            cotangent: ``(b, n, g * r * v)``, or None where the third ones are not wanted.
 
         Yields:
-            The block, ``D`` ``(sequences, rows, v, e)`` and ``T`` ``(sequences, rows, e, e)`` or
-            None.
+            The moments of some rows.
         """
-        e = self.width
-        for block, s in self._pieces(e * max(e, self.values.shape[-1])):
+        width = keys.shape[2]
+        for block, s in self._pieces(width * max(width, values.shape[2])):
             # Moments about the mean over all keys: less is lost when the row's own mean goes.
-            keys = self._key_side(self._keys, block)[..., :e]
-            keys = keys - keys.mean(1, keepdim=True)
-            values = self._key_side(self.values, block)
-            shift = values.mean(1, keepdim=True)
-            mean = torch.bmm(s, keys)
-            products = (values - shift)[..., None] * keys[..., None, :]
-            second = torch.bmm(s, products.flatten(2)).unflatten(2, products.shape[2:])
-            features = self._read(self.features, block) - shift
-            second.sub_(features[..., None] * mean[..., None, :])
+            a = self._for_heads(keys, block)
+            a = a - a.mean(1, keepdim=True)
+            c = self._for_heads(values, block)
+            shift = c.mean(1, keepdim=True)
+            c = c - shift
+            key_mean, value_mean = torch.bmm(s, a), torch.bmm(s, c)
+            products = (c[..., None] * a[..., None, :]).flatten(2)
+            second = torch.bmm(s, products).unflatten(2, (-1, width))
+            second.sub_(value_mean[..., None] * key_mean[..., None, :])
             third = None
             if cotangent is not None:
                 t = self._centred(self._read(cotangent, block), block).mul_(s)  # rows sum to 0
-                squares = (keys[..., None] * keys[..., None, :]).flatten(2)
-                third = torch.bmm(t, squares).unflatten(2, (e, e))
-                cross = torch.bmm(t, keys)[..., None] * mean[..., None, :]
+                squares = (a[..., None] * a[..., None, :]).flatten(2)
+                third = torch.bmm(t, squares).unflatten(2, (width, width))
+                cross = torch.bmm(t, a)[..., None] * key_mean[..., None, :]
                 third.sub_(cross).sub_(cross.mT)
-            yield block, second, third
+            yield Comoments(block, value_mean.add_(shift), second, third)
 
     def _pieces(self, size: int) -> Iterator[tuple[Block, Tensor]]:
         """Blocks and softmax matrices, cut for ``size`` more numbers in each row."""
         room = max(1, BLOCK_BYTES // self.values.element_size()) * PIECE
         for i, block in enumerate(self.blocks):
-            s = self._matrix(i)
-            step = max(1, room // (s.shape[1] * size))
+            heads = block.g1 - block.g0
+            s = self._matrix(i).unflatten(0, (-1, heads))
+            step = max(1, room // (heads * s.shape[2] * size))
             for b0 in range(block.b0, block.b1, step):
                 b1 = min(block.b1, b0 + step)
-                yield replace(block, b0=b0, b1=b1), s[b0 - block.b0 : b1 - block.b0]
+                piece = s[b0 - block.b0 : b1 - block.b0].flatten(0, 1)
+                yield replace(block, b0=b0, b1=b1), piece
+
+    def _for_heads(self, rows: Tensor, block: Block) -> Tensor:
+        """The block's keys of ``(b, m, k)``, the same for each of its key/value heads."""
+        part = rows[block.b0 : block.b1, None, : block.m1]
+        return part.expand(-1, block.g1 - block.g0, -1, -1).flatten(0, 1)
 
     # ------------------------------------------------------------------ one block
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attnreg.kronecker import split_blocks
-from attnreg.models.attention import CACHE_BYTES, Attention, Block
+from attnreg.models.attention import CACHE_BYTES, Attention, Comoments
 from attnreg.models.base import Model
 from attnreg.problem import AttentionProblem, Batch
 
@@ -110,24 +110,21 @@ class Features:
             result.append(tuple(g for g in gradients if g is not None))
         return result
 
-    def comoments(
-        self, cotangent: Tensor | None
-    ) -> Iterator[tuple[Batch, int, Block, Tensor, Tensor | None]]:
-        """Co-moments of values and keys under the softmax of each row (see `Attention`).
+    def comoments(self, cotangent: Tensor | None) -> Iterator[tuple[Batch, int, Comoments]]:
+        """Moments of ``A2`` and ``A3`` under the softmax of each row and head (see `Attention`).
 
         Args:
             cotangent: ``(rows, features)``, or None where the third ones are not wanted.
 
         Yields:
-            The batch, the first of its rows in :attr:`columns`, and what
-            :meth:`Attention.comoments` yields.
+            The batch, the first of its rows in :attr:`columns`, and the moments of some rows.
         """
         self.passes += 1 if cotangent is None else 2
         parts = [None] * len(self._attention) if cotangent is None else self._by_batch(cotangent)
         first = 0
         for batch, attention, u in zip(self.problem.batches, self._attention, parts, strict=True):
-            for block, second, third in attention.comoments(u):
-                yield batch, first, block, second, third
+            for moments in attention.comoments(batch.A2, batch.A3, u):
+                yield batch, first, moments
             first += batch.B.shape[0] * batch.B.shape[1]
 
     def _inputs_change(self, batch, direction: Tensor):  # type: ignore[no-untyped-def]

@@ -138,9 +138,8 @@ class TrustRegion:
         self._start, self._start_value = theta, math.inf  # the best of all starts
         self._begin(theta)
         layout = objective.layout
-        assemble = layout.only_queries_move and layout.size <= MAX_DENSE_SIZE
         self._assembly_cost = math.inf
-        if assemble:
+        if layout.size <= MAX_DENSE_SIZE:
             self._assembly_cost = assembly_cost(self._point) / DENSE_RATE
         cold = not self._final and layout.only_queries_move
         self._restarts = Restarts(objective, generator, self._out_of_time, allowed=cold)
