@@ -78,7 +78,8 @@ def gram64(left: Tensor, right: Tensor) -> Tensor:
         return left.mT @ right
     result = torch.zeros((left.shape[1], right.shape[1]), dtype=torch.float64, device=left.device)
     for i in range(0, left.shape[0], _CHUNK):
-        result.addmm_(left[i : i + _CHUNK].double().mT, right[i : i + _CHUNK].double())
+        part = left[i : i + _CHUNK].double()
+        result.addmm_(part.mT, part if right is left else right[i : i + _CHUNK].double())
     return result
 
 
