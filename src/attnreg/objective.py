@@ -168,6 +168,10 @@ class Point:
         """``M^{-1} matrix`` with the readout's normal matrix ``M``."""
         return self._normal.apply_inverse(matrix)
 
+    def readout_inverse_of(self, gram: Tensor) -> Tensor:
+        """``M^{-1}`` with ``gram`` in place of ``F^T W F``: float64 ``(k, k)``, overwritten."""
+        return self._normal.inverse_of(gram)
+
     @property
     def regularised(self) -> float:
         """Loss plus the problem's ridges, without the path's damping."""

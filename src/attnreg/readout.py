@@ -34,17 +34,23 @@ class NormalEquations:
     ) -> None:
         self._left, self._columns, self._ridge = left, columns, ridge
         self._damping, self._damped = damping, damped
-        matrix = gram64(left, columns)
-        if ridge is not None:
-            matrix += ridge
-        matrix.diagonal()[:damped] += damping
-        inverse, self.rank = scaled_inverse(matrix, columns.dtype)
+        inverse, self.rank = self._inverted(gram64(left, columns))
         self._inverse64 = inverse
         self._inverse = inverse.to(columns.dtype)
 
     def apply_inverse(self, matrix: Tensor) -> Tensor:
         """``M^{-1} matrix`` (on the directions kept)."""
         return self._inverse @ matrix
+
+    def inverse_of(self, gram: Tensor) -> Tensor:
+        """The inverse with ``gram`` in place of ``F^T W F``: float64 ``(k, k)``, overwritten."""
+        return self._inverted(gram)[0].to(self._columns.dtype)
+
+    def _inverted(self, gram: Tensor) -> tuple[Tensor, int]:
+        if self._ridge is not None:
+            gram += self._ridge
+        gram.diagonal()[: self._damped] += self._damping
+        return scaled_inverse(gram, self._columns.dtype)
 
     def solve(self, targets: Tensor, center: Tensor | None) -> tuple[Tensor, Tensor]:
         """Readout and residual ``F O - B``.

@@ -15,10 +15,13 @@ The cost is ``O(n^2 d^2 + n d^4 + d^6)`` for ``n`` rows, once a point, where a p
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from attnreg.objective import Point
+from attnreg.readout import gram64
 
 
 def assembly_cost(point: Point) -> float:
@@ -35,9 +38,37 @@ def assembly_cost(point: Point) -> float:
     return (moments + sums + schur) / product
 
 
-def assemble_gauss_newton(point: Point) -> Tensor:
-    """The reduced Gauss-Newton matrix, ``(size, size)``."""
-    return _assemble(point, exact=False)
+class RowSelection(Protocol):
+    """Some of the rows, each with a factor, in place of all of them.
+
+    Attributes:
+        candidates: Increasing positions of the rows whose co-moments are wanted; None means all.
+    """
+
+    candidates: Tensor | None
+
+    def keep(self, index: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+        """Chooses among candidates by what is known of them now.
+
+        Args:
+            index: Positions of the rows, ``(k,)``.
+            change: ``C`` of each, ``(k, d_out, e)``.
+
+        Returns:
+            Places within ``index`` of the rows kept, and their factors.
+        """
+
+
+def assemble_gauss_newton(point: Point, selection: RowSelection | None = None) -> Tensor:
+    """The reduced Gauss-Newton matrix, ``(size, size)``, of all rows or of some.
+
+    With a selection each sum over the rows, those in ``M`` too, is that of the rows kept times
+    their factors: the Schur complement of the joint matrix of those rows. The ridge stays whole.
+
+    Returns:
+        The matrix, ridge included.
+    """
+    return _assemble(point, exact=False, selection=selection)
 
 
 def assemble_hessian(point: Point) -> Tensor:
@@ -45,7 +76,7 @@ def assemble_hessian(point: Point) -> Tensor:
     return _assemble(point, exact=True)
 
 
-def _assemble(point: Point, *, exact: bool) -> Tensor:
+def _assemble(point: Point, *, exact: bool, selection: RowSelection | None = None) -> Tensor:
     objective, features = point.objective, point.features
     layout, theta = objective.layout, point.theta
     d, e = layout.blocks[0].rows, layout.blocks[0].width
@@ -54,36 +85,42 @@ def _assemble(point: Point, *, exact: bool) -> Tensor:
     kron = theta.new_zeros((upper_d.count, upper_e.count))
     slope = theta.new_zeros((v * d, d_out * e))
     residual_slope = theta.new_zeros((v * e, d_out * d))
+    normal = torch.zeros((v, v), dtype=torch.float64, device=theta.device)
     cotangent = point.cotangent if exact else None  # weighted, and T is linear in it
     scale = objective.model.logit_scale(objective.problem)
-    for batch, first, block, second, third in features.comoments(cotangent):
-        n = batch.A1.shape[1]
-        sequences = torch.arange(block.b0, block.b1, device=theta.device)[:, None]
-        rows = torch.arange(block.n0, block.n1, device=theta.device)
-        index = (first + sequences * n + rows).flatten()
-        inputs = batch.A1[block.b0 : block.b1, block.n0 : block.n1].flatten(0, 1) * scale
-        second = second.flatten(0, 1)
-        change = point.coupling.mT @ second  # C
+    candidates = None if selection is None else selection.candidates
+    for rows in features.comoments(cotangent, candidates):
+        change = point.coupling.mT @ rows.second  # C
+        weights = None if objective.weights is None else objective.weights[rows.index]
+        if selection is not None:
+            kept, factors = selection.keep(rows.index, change)
+            rows, change = rows.take(kept), change[kept]
+            weights = factors[:, None] if weights is None else factors[:, None] * weights[kept]
+        inputs = rows.inputs * scale
+        columns = features.columns[rows.index, :v]
         right, weighted = change.mT @ change, inputs
-        if objective.weights is not None:
-            weights = objective.weights[index]
+        if weights is not None:
             right, weighted = right * weights[..., None], inputs * weights
-        if third is not None:
-            right += third.flatten(0, 1)
+        if rows.third is not None:
+            right += rows.third
         squares = upper_d.pack(inputs[:, :, None] * inputs[:, None, :])
         kron.addmm_(squares.mT, upper_e.pack(right))
-        columns = features.columns[index, :v]
         slope.addmm_(_outer(columns, weighted).mT, change.flatten(1))
         if exact:
-            pairs = _outer(point.residual[index], weighted)
-            residual_slope.addmm_(second.flatten(1).mT, pairs)
+            pairs = _outer(point.residual[rows.index], weighted)
+            residual_slope.addmm_(rows.second.flatten(1).mT, pairs)
+        if selection is not None and weights is not None:
+            normal += gram64(columns * weights, columns)
     full = kron[upper_d.position][:, upper_e.position].view(d, d, e, e)
     matrix = full.permute(0, 2, 1, 3).reshape(d * e, d * e)
     slope = slope.view(v, d, d_out, e).permute(0, 2, 1, 3)
     if exact:
         slope = slope + residual_slope.view(v, e, d_out, d).permute(0, 2, 3, 1)
     slope = slope.reshape(v, d_out * d * e)
-    projected = point.apply_readout_inverse(slope)
+    if selection is None:
+        projected = point.apply_readout_inverse(slope)
+    else:
+        projected = point.readout_inverse_of(normal) @ slope
     shape = (v * d_out, d * e)
     matrix.addmm_(slope.view(shape).mT, projected.view(shape), alpha=-1.0)
     matrix = matrix + matrix.mT  # twice the symmetric part

@@ -246,23 +246,27 @@ class Attention:
             None.
         """
         e = self.width
+        held, products, shift = None, self.values, self.values
         for block, s in self._pieces(e * max(e, self.values.shape[-1])):
             # Moments about the mean over all keys: less is lost when the row's own mean goes.
-            keys = self._key_side(self._keys, block)[..., :e]
-            keys = keys - keys.mean(1, keepdim=True)
-            values = self._key_side(self.values, block)
-            shift = values.mean(1, keepdim=True)
-            mean = torch.bmm(s, keys)
-            products = (values - shift)[..., None] * keys[..., None, :]
-            second = torch.bmm(s, products.flatten(2)).unflatten(2, products.shape[2:])
+            if held != (block.b0, block.b1):  # else those of the rows before serve again
+                held, every = (block.b0, block.b1), replace(block, m1=self._keys.shape[2])
+                keys = self._key_side(self._keys, every)[..., :e]
+                keys = keys - keys.mean(1, keepdim=True)
+                values = self._key_side(self.values, every)
+                shift = values.mean(1, keepdim=True)
+                products = ((values - shift)[..., None] * keys[..., None, :]).flatten(2)
+            seen = keys[:, : block.m1]
+            mean = torch.bmm(s, seen)
+            second = torch.bmm(s, products[:, : block.m1]).unflatten(2, (-1, e))
             features = self._read(self.features, block) - shift
             second.sub_(features[..., None] * mean[..., None, :])
             third = None
             if cotangent is not None:
                 t = self._centred(self._read(cotangent, block), block).mul_(s)  # rows sum to 0
-                squares = (keys[..., None] * keys[..., None, :]).flatten(2)
+                squares = (seen[..., None] * seen[..., None, :]).flatten(2)
                 third = torch.bmm(t, squares).unflatten(2, (e, e))
-                cross = torch.bmm(t, keys)[..., None] * mean[..., None, :]
+                cross = torch.bmm(t, seen)[..., None] * mean[..., None, :]
                 third.sub_(cross).sub_(cross.mT)
             yield block, second, third
 
@@ -275,6 +279,63 @@ class Attention:
             for b0 in range(block.b0, block.b1, step):
                 b1 = min(block.b1, b0 + step)
                 yield replace(block, b0=b0, b1=b1), s[b0 - block.b0 : b1 - block.b0]
+
+    def peaks(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """Largest softmax weight of each row, and the softmax mean of a number a key.
+
+        For one head only.
+
+        Args:
+            sizes: ``(b, m)``.
+
+        Returns:
+            Two tensors ``(b, n)``.
+        """
+        b, n, _ = self.features.shape
+        both = self.features.new_empty((b, n, 2))
+        columns = sizes[:, None, :, None]  # as heads of width 1
+        for i, block in enumerate(self.blocks):
+            s = self._matrix(i)
+            mean = torch.bmm(s, self._key_side(columns, block))
+            self._write(both, block, torch.cat([s.amax(-1, keepdim=True), mean], -1))
+        return both[..., 0], both[..., 1]
+
+    def select(self, sequence: int, rows: Tensor) -> Attention:
+        """The attention of some query rows of one sequence, as one of its own.
+
+        For one head only.
+
+        Args:
+            sequence: Position in the batch.
+            rows: Increasing positions of query rows.
+
+        Returns:
+            One sequence of ``len(rows)`` queries; its softmax matrix is not kept.
+        """
+        e, m1 = self.width, int(rows[-1]) + 1 if self.causal else self._keys.shape[2]
+        queries = self._queries[sequence, :, 0, :, e:].index_select(1, rows)
+        bias = None
+        if self.bias is not None:
+            bias = self.bias[sequence : sequence + 1] if self.bias.shape[0] > 1 else self.bias
+            bias = (bias if bias.shape[1] == 1 else bias.index_select(1, rows))[..., :m1]
+        if self.causal:
+            hidden = torch.zeros((1, len(rows), m1), dtype=queries.dtype, device=queries.device)
+            later = torch.arange(m1, device=rows.device) > rows[:, None]
+            hidden.masked_fill_(later, float("-inf"))
+            bias = hidden if bias is None else bias + hidden
+        out = queries.new_empty((1, len(rows), self.values.shape[-1]))
+        keys, values = self._keys[sequence, :, :m1, :e], self.values[sequence, :, :m1]
+        return Attention(
+            queries,
+            keys,
+            values,
+            groups=1,
+            repeats=1,
+            bias=bias,
+            causal=False,
+            out=out,
+            keep=False,
+        )
 
     # ------------------------------------------------------------------ one block
 

@@ -8,14 +8,45 @@ is one, and the last Jacobian product, side by side because the projection needs
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from attnreg.kronecker import split_blocks
-from attnreg.models.attention import CACHE_BYTES, Attention, Block
+from attnreg.models.attention import CACHE_BYTES, Attention
 from attnreg.models.base import Model
-from attnreg.problem import AttentionProblem, Batch
+from attnreg.problem import AttentionProblem
+
+
+@dataclass(frozen=True)
+class RowMoments:
+    """Co-moments of some rows of one head (see :meth:`Attention.comoments`).
+
+    Attributes:
+        index: Their positions in :attr:`Features.columns`, ``(k,)``.
+        inputs: Their rows of ``A1``, ``(k, d_query)``.
+        second: ``D``, ``(k, v, e)``.
+        third: ``T``, ``(k, e, e)``, or None.
+    """
+
+    index: Tensor
+    inputs: Tensor
+    second: Tensor
+    third: Tensor | None
+
+    @staticmethod
+    def of(index: Tensor, inputs: Tensor, second: Tensor, third: Tensor | None) -> RowMoments:
+        """From tensors with any leading dimensions."""
+        v, e = second.shape[-2:]
+        third = None if third is None else third.reshape(-1, e, e)
+        inputs = inputs.reshape(-1, inputs.shape[-1])
+        return RowMoments(index.flatten(), inputs, second.reshape(-1, v, e), third)
+
+    def take(self, kept: Tensor) -> RowMoments:
+        """The rows at the given positions."""
+        third = None if self.third is None else self.third[kept]
+        return RowMoments(self.index[kept], self.inputs[kept], self.second[kept], third)
 
 
 class Features:
@@ -110,25 +141,53 @@ class Features:
             result.append(tuple(g for g in gradients if g is not None))
         return result
 
+    def peaks(self, sizes: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """What :meth:`Attention.peaks` gives for a number a key ``(b, m)`` of each batch.
+
+        Returns:
+            Largest softmax weight and softmax mean of the numbers, each ``(rows,)``.
+        """
+        self.passes += 1
+        pairs = [a.peaks(size) for a, size in zip(self._attention, sizes, strict=True)]
+        largest, mean = (
+            torch.cat([p.flatten() for p in parts]) for parts in zip(*pairs, strict=True)
+        )
+        return largest, mean
+
     def comoments(
-        self, cotangent: Tensor | None
-    ) -> Iterator[tuple[Batch, int, Block, Tensor, Tensor | None]]:
+        self, cotangent: Tensor | None, chosen: Tensor | None = None
+    ) -> Iterator[RowMoments]:
         """Co-moments of values and keys under the softmax of each row (see `Attention`).
 
         Args:
             cotangent: ``(rows, features)``, or None where the third ones are not wanted.
+            chosen: Increasing positions of the rows that are wanted; None means all.
 
         Yields:
-            The batch, the first of its rows in :attr:`columns`, and what
-            :meth:`Attention.comoments` yields.
+            Some of the rows at a time.
         """
         self.passes += 1 if cotangent is None else 2
-        parts = [None] * len(self._attention) if cotangent is None else self._by_batch(cotangent)
         first = 0
-        for batch, attention, u in zip(self.problem.batches, self._attention, parts, strict=True):
-            for block, second, third in attention.comoments(u):
-                yield batch, first, block, second, third
-            first += batch.B.shape[0] * batch.B.shape[1]
+        for batch, attention in zip(self.problem.batches, self._attention, strict=True):
+            sequences, n = batch.B.shape[:2]
+            rows = torch.arange(first, first + sequences * n, device=batch.B.device)
+            u = None if cotangent is None else cotangent[first : first + sequences * n]
+            u = None if u is None else u.unflatten(0, (sequences, n))
+            rows, inputs = rows.view(sequences, n), batch.A1
+            if chosen is None:
+                for block, second, third in attention.comoments(u):
+                    part = (slice(block.b0, block.b1), slice(block.n0, block.n1))
+                    yield RowMoments.of(rows[part], inputs[part], second, third)
+            else:
+                inside = chosen[(chosen >= first) & (chosen < first + sequences * n)] - first
+                for b in torch.unique_consecutive(inside // n).tolist():
+                    own = inside[inside // n == b] - b * n
+                    few = attention.select(b, own)
+                    change = None if u is None else u[b, own][None]
+                    for block, second, third in few.comoments(change):
+                        part = own[block.n0 : block.n1]
+                        yield RowMoments.of(rows[b, part], inputs[b, part], second, third)
+            first += sequences * n
 
     def _inputs_change(self, batch, direction: Tensor):  # type: ignore[no-untyped-def]
         blocks = split_blocks(direction, self.layout.blocks)
