@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from attnreg.objective import Point
+from attnreg.operations import product
 from attnreg.readout import gram64
 
 
@@ -89,8 +90,10 @@ def _assemble(point: Point, *, exact: bool, selection: RowSelection | None = Non
     cotangent = point.cotangent if exact else None  # weighted, and T is linear in it
     scale = objective.model.logit_scale(objective.problem)
     candidates = None if selection is None else selection.candidates
+    spent = objective.operations
     for rows in features.comoments(cotangent, candidates):
         change = point.coupling.mT @ rows.second  # C
+        spent.row_products += product(len(change) * d_out, v, e)
         weights = None if objective.weights is None else objective.weights[rows.index]
         if selection is not None:
             kept, factors = selection.keep(rows.index, change)
@@ -99,6 +102,9 @@ def _assemble(point: Point, *, exact: bool, selection: RowSelection | None = Non
         inputs = rows.inputs * scale
         columns = features.columns[rows.index, :v]
         right, weighted = change.mT @ change, inputs
+        spent.row_products += product(len(change) * e, d_out, e)
+        spent.row_sums += product(upper_d.count, len(change), upper_e.count)
+        spent.row_sums += (2 if exact else 1) * product(v * d, len(change), d_out * e)
         if weights is not None:
             right, weighted = right * weights[..., None], inputs * weights
         if rows.third is not None:
@@ -111,6 +117,7 @@ def _assemble(point: Point, *, exact: bool, selection: RowSelection | None = Non
             residual_slope.addmm_(rows.second.flatten(1).mT, pairs)
         if selection is not None and weights is not None:
             normal += gram64(columns * weights, columns)
+            spent.projections += product(v, len(change), v)
     full = kron[upper_d.position][:, upper_e.position].view(d, d, e, e)
     matrix = full.permute(0, 2, 1, 3).reshape(d * e, d * e)
     slope = slope.view(v, d, d_out, e).permute(0, 2, 1, 3)
@@ -122,6 +129,7 @@ def _assemble(point: Point, *, exact: bool, selection: RowSelection | None = Non
     else:
         projected = point.readout_inverse_of(normal) @ slope
     shape = (v * d_out, d * e)
+    spent.dense += product(v, v, d_out * d * e) + product(d * e, v * d_out, d * e)
     matrix.addmm_(slope.view(shape).mT, projected.view(shape), alpha=-1.0)
     matrix = matrix + matrix.mT  # twice the symmetric part
     if objective.ridge is not None:

@@ -44,6 +44,7 @@ from torch import Tensor
 from attnreg.curvature.dense import assemble_gauss_newton
 from attnreg.kronecker import LeftFactor
 from attnreg.objective import Point
+from attnreg.operations import product
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,9 @@ class _Scores:
         columns = point.features.columns
         self._query = self._leverage(queries, problem.gram_query)
         self._value = self._leverage(columns, problem.gram_value) / problem.ridge_y
+        objective.operations.projections += product(
+            len(columns), columns.shape[1], columns.shape[1]
+        )
         solved = columns @ point.apply_readout_inverse(torch.eye(columns.shape[1]).to(columns))
         self._readout = (solved * columns).sum(1).double().clamp_min(0.0) * self._weights
         self._whitener = _whitener(problem.gram_key, self._dtype)
@@ -184,8 +188,11 @@ class _Scores:
         """Bounds of all scores, ``(rows,)``; one attention pass."""
         point = self._point
         sizes, centres, top = [], [], 0.0
+        spent = point.objective.operations
         for batch in point.objective.problem.batches:
             outputs = batch.A3 @ point.coupling  # (b, m, d_out)
+            entries = outputs.numel()
+            spent.projections += 2 * entries * (batch.A3.shape[2] + outputs.shape[2])
             centre = outputs.mean(1, keepdim=True)
             outputs = outputs - centre
             sizes.append(outputs.square().sum(-1))
@@ -193,6 +200,7 @@ class _Scores:
             gram = outputs.mT @ outputs
             top = max(top, float(torch.linalg.eigvalsh(gram.double())[:, -1].max()))
         peak, size = point.features.peaks(sizes)
+        spent.projections += 2 * point.residual.numel() * point.readout.shape[0]
         means = point.features.columns @ point.readout - torch.cat(centres)
         trace = (size - means.square().sum(1)).clamp_min(0.0).double()
         peak = peak.double()
@@ -202,7 +210,14 @@ class _Scores:
 
     def exact(self, index: Tensor, change: Tensor) -> Tensor:
         """Scores of some rows from their ``C``."""
-        kappa = spectral_bound(change @ self._whitener).double()
+        whitened = change @ self._whitener
+        k, out, rank = whitened.shape
+        small = min(out, rank)
+        spent = product(k * out, change.shape[2], rank) + product(k * small, max(out, rank), small)
+        self._point.objective.operations.row_products += spent + 2 * product(
+            k * small, small, small
+        )
+        kappa = spectral_bound(whitened).double()
         share = self._query[index] * kappa / self._strength
         return self._combined(share, self._value[index], self._readout[index])
 
@@ -211,7 +226,11 @@ class _Scores:
 
     def _leverage(self, rows: Tensor, gram: Tensor) -> Tensor:
         """``w_j r_j^T gram^+ r_j``."""
-        whitened = rows @ _whitener(gram, self._dtype)
+        whitener = _whitener(gram, self._dtype)
+        self._point.objective.operations.projections += product(
+            len(rows), rows.shape[1], whitener.shape[1]
+        )
+        whitened = rows @ whitener
         return whitened.square().sum(1).double() * self._weights
 
 

@@ -37,6 +37,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from attnreg.operations import Operations
+
 BLOCK_BYTES = 2 << 20
 """Size of one block of the softmax matrix: measured best between 1 and 4 MiB on CPUs."""
 
@@ -101,6 +103,7 @@ class Attention:
         causal: Whether query ``j`` sees keys ``0 ... j`` only.
         out: Where the features ``(b, n, g * r * v)`` are written.
         keep: Whether the softmax matrices are kept for the products that follow.
+        operations: Where operations are counted; None counts for this attention alone.
     """
 
     def __init__(
@@ -115,6 +118,7 @@ class Attention:
         causal: bool,
         out: Tensor,
         keep: bool,
+        operations: Operations | None = None,
     ) -> None:
         b, n, _ = queries.shape
         m = keys.shape[1]
@@ -131,6 +135,9 @@ class Attention:
         self._keys[..., :e].copy_(_by_head(keys, groups))
         shape = (b, groups, repeats, n, m)
         self.blocks = list(plan_blocks(shape, queries.element_size(), causal))
+        self._entries = sum(map(self._entries_of, self.blocks))
+        self.operations = Operations() if operations is None else operations
+        self._spend(e + self.values.shape[-1])
         self._softmax: list[Tensor] | None = [] if keep else None
         self._normalisers: list[Tensor] = []
         for block in self.blocks:
@@ -140,6 +147,8 @@ class Attention:
 
     def jvp(self, dq: Tensor, dk: Tensor | None, dv: Tensor | None, out: Tensor) -> None:
         """Writes the change of the features, ``(b, n, g * r * v)``, into ``out``."""
+        widths = self.width, self.values.shape[-1]
+        self._spend(widths[0] * (1 + (dk is not None)) + widths[1] * (1 + (dv is not None)))
         self._set_direction(dq, dk)
         dv_heads = None if dv is None else _by_head(dv, self.groups)
         for i, block in enumerate(self.blocks):
@@ -167,6 +176,9 @@ class Attention:
             ``(b, n, g * r * e)``, ``(b, m, g * e)`` or None, ``(b, m, g * v)`` or None.
         """
         e = self.width
+        self._spend(
+            (e + self.values.shape[-1]) + e * need_keys + self.values.shape[-1] * need_values
+        )
         gq, gk, gv = self._gradient_buffers(need_keys, need_values)
         for i, block in enumerate(self.blocks):
             s = self._matrix(i)
@@ -200,7 +212,8 @@ class Attention:
         Returns:
             Changes of the three gradients; None where the input is fixed.
         """
-        e = self.width
+        e, v = self.width, self.values.shape[-1]
+        self._spend(2 * (e + v) + 4 * e * (dk is not None) + 3 * v * (dv is not None))
         self._set_direction(dq, dk)
         dv_heads = None if dv is None else _by_head(dv, self.groups)
         hq, hk, hv = self._gradient_buffers(dk is not None, dv is not None)
@@ -245,9 +258,12 @@ class Attention:
             The block, ``D`` ``(sequences, rows, v, e)`` and ``T`` ``(sequences, rows, e, e)`` or
             None.
         """
-        e = self.width
+        e, v = self.width, self.values.shape[-1]
+        self._spend(e if cotangent is None else 2 * e + v)
+        more = v * e if cotangent is None else v * e + e * e
+        self.operations.comoments += 2 * self._entries * more
         held, products, shift = None, self.values, self.values
-        for block, s in self._pieces(e * max(e, self.values.shape[-1])):
+        for block, s in self._pieces(e * max(e, v)):
             # Moments about the mean over all keys: less is lost when the row's own mean goes.
             if held != (block.b0, block.b1):  # else those of the rows before serve again
                 held, every = (block.b0, block.b1), replace(block, m1=self._keys.shape[2])
@@ -291,6 +307,7 @@ class Attention:
         Returns:
             Two tensors ``(b, n)``.
         """
+        self._spend(1)
         b, n, _ = self.features.shape
         both = self.features.new_empty((b, n, 2))
         columns = sizes[:, None, :, None]  # as heads of width 1
@@ -335,9 +352,19 @@ class Attention:
             causal=False,
             out=out,
             keep=False,
+            operations=self.operations,
         )
 
     # ------------------------------------------------------------------ one block
+
+    def _entries_of(self, block: Block) -> int:
+        """Entries of the softmax matrix of a block."""
+        heads = (block.b1 - block.b0) * (block.g1 - block.g0) * self.repeats
+        return heads * (block.n1 - block.n0) * block.m1
+
+    def _spend(self, widths: int) -> None:
+        """Counts products of all softmax matrices with ``widths`` columns or rows in all."""
+        self.operations.attention += 2 * self._entries * widths
 
     def _forward(self, block: Block) -> None:
         z = self._logits(block)
@@ -354,6 +381,7 @@ class Attention:
         """The softmax matrix of a block, ``(heads, rows, keys)``: kept or recomputed."""
         if self._softmax is not None:
             return self._softmax[index]
+        self.operations.attention += 2 * self._entries_of(self.blocks[index]) * self.width
         return self._logits(self.blocks[index]).sub_(self._normalisers[index]).exp_()
 
     def _logits(self, block: Block) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from attnreg.kronecker import split_blocks
 from attnreg.models.attention import CACHE_BYTES, Attention
 from attnreg.models.base import Model
+from attnreg.operations import Operations
 from attnreg.problem import AttentionProblem
 
 
@@ -57,6 +58,7 @@ class Features:
         model: What is fitted.
         theta: Flat non-linear parameters.
         products: Whether Jacobian products will follow; without them nothing is kept.
+        operations: Where operations are counted; None counts for these features alone.
 
     Attributes:
         columns: ``(rows, features [+ 1])``: ``[F 1]``; padded rows included.
@@ -67,7 +69,13 @@ class Features:
     """
 
     def __init__(
-        self, problem: AttentionProblem, model: Model, theta: Tensor, *, products: bool = True
+        self,
+        problem: AttentionProblem,
+        model: Model,
+        theta: Tensor,
+        *,
+        products: bool = True,
+        operations: Operations | None = None,
     ) -> None:
         self.problem, self.model, self.theta = problem, model, theta
         self.layout = layout = model.layout(problem)
@@ -80,6 +88,8 @@ class Features:
         if constant:
             self.columns[:, -1] = 1.0
         self.passes = 1
+        self.operations = Operations() if operations is None else operations
+        self._count_projection()
         keep = products and _softmax_bytes(problem, layout.groups * layout.repeats) <= CACHE_BYTES
         blocks = split_blocks(theta, layout.blocks)
         self._attention = []
@@ -99,6 +109,7 @@ class Features:
                 causal=batch.causal,
                 out=out,
                 keep=keep,
+                operations=self.operations,
             )
             if products:
                 self._attention.append(attention)
@@ -106,6 +117,7 @@ class Features:
     def jvp(self, direction: Tensor) -> Tensor:
         """Change of the features along a flat direction: fills and returns ``change``."""
         self.passes += 1
+        self._count_projection()
         for batch, attention, out in self._batches(self.change):
             attention.jvp(*self._inputs_change(batch, direction), out)
         return self.change
@@ -113,6 +125,7 @@ class Features:
     def vjp(self, cotangent: Tensor) -> Tensor:
         """Flat gradient for a cotangent ``(rows, features)``."""
         self.passes += 1
+        self._count_projection()
         gradient = torch.zeros_like(self.theta)
         out = split_blocks(gradient, self.layout.blocks)
         for batch, attention, u in self._batches(cotangent):
@@ -123,6 +136,8 @@ class Features:
     def vjp_derivative(self, direction: Tensor, cotangent: Tensor, change: Tensor) -> Tensor:
         """Derivative of :meth:`vjp` along ``direction`` while the cotangent moves by ``change``."""
         self.passes += 2
+        self._count_projection()
+        self._count_projection()
         gradient = torch.zeros_like(self.theta)
         out = split_blocks(gradient, self.layout.blocks)
         changes = self._by_batch(change)
@@ -188,6 +203,17 @@ class Features:
                         part = own[block.n0 : block.n1]
                         yield RowMoments.of(rows[b, part], inputs[b, part], second, third)
             first += sequences * n
+
+    @property
+    def row_counts(self) -> tuple[int, int, int]:
+        """Rows of queries, keys and values over all batches, padded ones included."""
+        keys = sum(b.A2.shape[0] * b.A2.shape[1] for b in self.problem.batches)
+        return self.both.shape[0], keys, keys
+
+    def _count_projection(self) -> None:
+        """Counts the products of the inputs with all parameter blocks, or their transposes."""
+        sizes = zip(self.row_counts, self.layout.blocks, strict=False)
+        self.operations.projections += sum(2 * rows * block.size for rows, block in sizes)
 
     def _inputs_change(self, batch, direction: Tensor):  # type: ignore[no-untyped-def]
         blocks = split_blocks(direction, self.layout.blocks)

@@ -244,7 +244,10 @@ class TrustRegion:
         """The matrix of a point is kept: a rejected step changes the damping only."""
         if self._dense is None or self._dense[0] != self._newton:
             assemble = assemble_hessian if self._newton else assemble_gauss_newton
-            self._dense = (self._newton, DenseSolver(assemble(self._point)))
+            self._dense = (
+                self._newton,
+                DenseSolver(assemble(self._point), self._objective.operations),
+            )
         return self._dense[1].solve(self._point.gradient, shift)
 
     def _out_of_time(self) -> bool:
