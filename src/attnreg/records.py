@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 class Status(enum.Enum):
@@ -59,8 +60,12 @@ class IterationRecord:
         passes: Attention passes since the fit began.
         phase: ``"start"``, ``"screening"`` (on to the start that won a race), ``"path"`` (on to the
             path's beginning; the loss may rise), ``"best"`` (back to the best point left), or
-            the curvature of the step: ``"gauss-newton"`` or ``"newton"``.
+            the curvature of the step: ``"gauss-newton"``, ``"newton"`` or ``"sketch"``.
         accepted: Whether the step was taken.
+        operations: Floating-point operations since the fit began, by kind (see
+            :mod:`attnreg.operations`); empty in files of older versions.
+        rows_sampled: Query rows that entered the curvature of the step; None means all of them.
+        rows_available: Those that could have.
     """
 
     iteration: int
@@ -74,3 +79,13 @@ class IterationRecord:
     passes: int
     phase: str
     accepted: bool
+    operations: Mapping[str, int] = field(default_factory=dict)
+    rows_sampled: int | None = None
+    rows_available: int | None = None
+
+    @property
+    def rows(self) -> str:
+        """``"204 of 2048"``, or ``"exact"`` where the curvature is not a sketch."""
+        if self.rows_sampled is None:
+            return "exact"
+        return f"{self.rows_sampled} of {self.rows_available}"

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from attnreg.kronecker import split_blocks
 from attnreg.objective import Point
+from attnreg.operations import product
 
 _CHUNK = 1 << 22
 """Numbers of the Jacobian that are formed at a time."""
@@ -58,14 +59,10 @@ def _gather_moments(point: Point, exact: bool) -> list[Tensor]:
     shapes = [(d_value,), (d_value, d_key)] + ([(d_key, d_key)] if exact else [])
     heads = (point.residual.shape[0], layout.groups, layout.repeats)
     moments = [point.theta.new_empty((*heads, *shape)) for shape in shapes]
-    for batch, first, found in point.features.comoments(point.cotangent if exact else None):
-        block, (count, n) = found.block, batch.B.shape[:2]
+    for found in point.features.comoments(point.cotangent if exact else None):
         for moment, part in zip(moments, (found.mean, found.second, found.third), strict=False):
             assert part is not None
-            target = moment[first : first + count * n].unflatten(0, (count, n))
-            target = target[block.b0 : block.b1, block.n0 : block.n1, block.g0 : block.g1]
-            target = target.permute(0, 2, 3, 1, *range(4, target.ndim))
-            target.copy_(part.reshape(target.shape))
+            moment[found.index, found.groups] = part
     return moments
 
 
@@ -84,6 +81,7 @@ class _Sums:
         self.inputs = torch.cat(inputs)
         self._heads = (layout.groups, layout.repeats)
         self._queries = (self.inputs @ query).unflatten(1, (*self._heads, -1))
+        objective.operations.projections += product(*self.inputs.shape, query.shape[1])
         self._w_k = key.unflatten(1, (layout.groups, -1))
         self._w_v = value.unflatten(1, (layout.groups, -1))
         self._readout = point.coupling.unflatten(0, (*self._heads, -1))
@@ -124,6 +122,11 @@ class _Sums:
         self.slope.view(self.slope.shape[0], -1).addmm_(
             point.features.columns[chunk].mT, weighted.flatten(1)
         )
+        (n, d_out, size), width = jacobian.shape, self.slope.shape[0]
+        rows = n * d_out * self._heads[0] * self._heads[1]
+        spent, (d_key, _, e) = objective.operations, self._w_k.shape
+        spent.row_products += product(rows, mean.shape[-1], d_key) + product(rows, d_key, e)
+        spent.row_sums += product(size, n * d_out, size) + product(width, n, d_out * size)
 
     def add_second_order(self, chunk: slice, mean: Tensor, second: Tensor, third: Tensor) -> None:
         """Adds ``w dF^T r`` and the second derivative of ``<cotangent, F>`` of some rows."""
@@ -132,6 +135,7 @@ class _Sums:
         residual = self._residual[chunk]
         cotangents = point.cotangent[chunk].unflatten(1, (*self._heads, -1))
         slope = self.slope[: point.coupling.shape[0]].unflatten(0, (*self._heads, -1))
+        self._count_second_order(inputs.shape[0])
         for g in range(self._heads[0]):
             w_k, w_v = self._w_k[:, g], self._w_v[:, g]
             at_key, at_value = self._key_at[:, g], self._value_at[:, g]
@@ -162,6 +166,19 @@ class _Sums:
                 self._put(at_query, at_value, 2 * block)
                 block = torch.einsum("nyk,ne,nc->keyc", p, q, u)
                 self._put(at_key, at_value, 2 * block)
+
+    def _count_second_order(self, rows: int) -> None:
+        (d_key, _, e), (d_value, _, v) = self._w_k.shape, self._w_v.shape
+        d_query, d_out = self.inputs.shape[1], self._residual.shape[1]
+        heads, spent = self._heads[0] * self._heads[1], self._point.objective.operations
+        products = product(v, d_value, d_key) + product(v + d_key + d_value, d_key, e)
+        spent.row_products += heads * rows * (products + product(e, d_key, e))
+        columns = (
+            d_out * (d_query * v * e + v * d_key * e + d_value),
+            d_query * d_key * (e**2 + 1) + (d_query * e) ** 2 + (d_key * e) ** 2,
+            d_value * e * v * (d_query + d_key),
+        )
+        spent.row_sums += heads * product(1, rows, sum(columns))
 
     def _put(self, rows: Tensor, columns: Tensor, block: Tensor) -> None:
         """Adds a block; one off the diagonal is given twice, as only the symmetric part counts."""

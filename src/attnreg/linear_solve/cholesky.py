@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attnreg.linear_solve.solve import Solve
+from attnreg.operations import Operations, cholesky, product
 
 
 class DenseSolver:
@@ -18,10 +19,12 @@ class DenseSolver:
 
     Args:
         matrix: ``H``, symmetric, ``(size, size)``.
+        operations: Where operations are counted; None counts for this solver alone.
     """
 
-    def __init__(self, matrix: Tensor) -> None:
+    def __init__(self, matrix: Tensor, operations: Operations | None = None) -> None:
         self._matrix = matrix
+        self.operations = Operations() if operations is None else operations
 
     def solve(self, gradient: Tensor, damping: float) -> Solve:
         """The minimiser of ``g . d + d . (H + damping I) d / 2`` where there is one.
@@ -35,6 +38,7 @@ class DenseSolver:
             the most negative one beside it.
         """
         size = gradient.shape[0]
+        self.operations.dense += cholesky(size) + 2 * product(size, size, 1)
         shifted = self._matrix.clone()
         shifted.diagonal().add_(damping)
         diagonal = shifted.diagonal().clamp_min(0.0).sqrt()
