@@ -81,7 +81,7 @@ class _Sums:
         self.inputs = torch.cat(inputs)
         self._heads = (layout.groups, layout.repeats)
         self._queries = (self.inputs @ query).unflatten(1, (*self._heads, -1))
-        objective.operations.projections += product(*self.inputs.shape, query.shape[1])
+        objective.operations.projections += product(len(self.inputs), *query.shape)
         self._w_k = key.unflatten(1, (layout.groups, -1))
         self._w_v = value.unflatten(1, (layout.groups, -1))
         self._readout = point.coupling.unflatten(0, (*self._heads, -1))
