@@ -1,8 +1,9 @@
 """The command line: a table of commands, each a few lines over the library.
 
 Exit status: 0 done, 2 bad input (one line, no traceback), 3 the fit stopped before its tolerance
-(its result is saved all the same), 130 interrupted before there was anything to save. Results go
-to standard output, the live display and errors to standard error.
+(its result is saved all the same) or nothing strong enough could be certified, 130 interrupted
+before there was anything to save. Results go to standard output, the live display and errors to
+standard error.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from attnreg import __version__
 from attnreg.arrays import dtype_name
+from attnreg.certificate import Certificate, Kind, verify
 from attnreg.fitting import fit
 from attnreg.masks import and_causal
 from attnreg.models import Bilinear, Model, MultiHead
@@ -31,13 +33,14 @@ from attnreg.problem import AttentionProblem
 from attnreg.result import FitResult
 from attnreg.storage import read_tensors, write_tensors
 
-BAD_INPUT, NOT_CONVERGED, INTERRUPTED = 2, 3, 130
+BAD_INPUT, NOT_CONVERGED, NOT_CERTIFIED, INTERRUPTED = 2, 3, 3, 130
 HISTORY_COLUMNS = ("iteration", "loss", "gradient_norm", "phase", "accepted")
 
 app = typer.Typer(
     help="Attention regression: fit softmax(scale A1 X A2^T + mask) A3 Y, or a multi-head layer, "
     "to the inputs and outputs of an attention layer.",
-    epilog="Exit status: 0 done, 2 bad input, 3 a fit stopped before its tolerance.",
+    epilog="Exit status: 0 done, 2 bad input, 3 a fit stopped before its tolerance or a "
+    "certificate is not strong enough.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -92,6 +95,21 @@ InputsFile = Annotated[Path, typer.Argument(help="A1 and perhaps A2, A3, mask; o
 AnyFile = Annotated[Path, typer.Argument(help="Any safetensors file.")]
 Folder = Annotated[Path, typer.Option(metavar="FOLDER", help="For the figures; made if missing.")]
 DemoSeconds = Annotated[float | None, typer.Option(help="Time for each method. Default: short.")]
+Required = Annotated[
+    Kind, typer.Option(help="The weakest statement with which the exit status is 0.")
+]
+Given = Annotated[
+    Path | None,
+    typer.Option("--certificate", metavar="FILE", help="Check this certificate too."),
+]
+CertificateOut = Annotated[
+    Path | None, typer.Option("--out", metavar="FILE", help="JSON file for the certificate.")
+]
+Rigorous = Annotated[
+    bool,
+    typer.Option("--rigorous", help="Ball arithmetic, for small problems: no rounding is assumed."),
+]
+Tolerance = Annotated[float, typer.Option(help="Bound on the gradient for STATIONARY, relative.")]
 Version = Annotated[
     bool,
     typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
@@ -158,6 +176,50 @@ def fit_command(
     summary = _fit_summary(result) | {"notes": [*notes, *result.notes], "out": str(out)}
     _show(summary, as_json=as_json, quiet=quiet)
     sys.exit(0 if result.converged else NOT_CONVERGED)
+
+
+@app.command("verify")
+def verify_command(
+    problem_file: ProblemFile,
+    fit_file: FitFile,
+    certificate: Given = None,
+    require: Required = Kind.LOCAL,
+    rigorous: Rigorous = False,
+    tolerance: Tolerance = 1e-8,
+    scale: Scale = None,
+    ridge_x: RidgeX = None,
+    ridge_y: RidgeY = None,
+    causal: Causal = False,
+    center: Center = None,
+    out: CertificateOut = None,
+    as_json: Json = False,
+) -> None:
+    """Say what can be proven of a fit, without trusting the solver.
+
+    Give the options that were given to fit: with other ridges it is another problem. With
+    --certificate that file is compared with what is computed here.
+
+    Exit status: 0 certified (--require or stronger), 2 bad input, or a certificate that is
+    doctored or belongs to something else, 3 not certified.
+    """
+    if out is not None:
+        _check_out(out, problem_file, fit_file, *([] if certificate is None else [certificate]))
+    given = None if certificate is None else Certificate.load(certificate)
+    result = FitResult.load(fit_file)
+    problem = AttentionProblem.load(problem_file)
+    problem = _override(problem, causal, scale=scale, ridge_x=ridge_x, ridge_y=ridge_y)
+    pull, _ = _choose_center(problem, result.model, None, center)
+    problem = _override(problem, False, center=pull)
+    found = verify(problem, result, tolerance=tolerance, rigorous=rigorous)
+    if given is not None:
+        given.check(found)
+    if out is not None:
+        found.save(out)
+    summary = found.as_dict() | {"checked": None if given is None else str(certificate)}
+    if problem.digest() != result.problem_digest:
+        summary["note"] = "the fit was made on another problem or with other settings"
+    _show(summary, as_json=as_json)
+    sys.exit(0 if found.kind.implies(require) else NOT_CERTIFIED)
 
 
 @app.command("predict")

@@ -13,7 +13,8 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,20 +50,25 @@ def write_tensors(
     digest = content_digest(tensors, metadata)
     header = _canonical_json({**metadata, "format_version": FORMAT_VERSION, "digest": digest})
     arrays = {name: _host(tensor).numpy() for name, tensor in tensors.items()}
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".attnreg-{secrets.token_hex(6)}.tmp")
-    try:
+    with _replacing(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
         save_file(arrays, temporary, {_HEADER_KEY: header})
         temporary.chmod(mode)  # what the umask asks for; safetensors hides files from other users
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"cannot write {os.fspath(path)}: {_reason(error)}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file, atomically as :func:`write_tensors`.
+
+    Args:
+        path: The file to write.
+        text: Its content, written as UTF-8.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    with _replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -115,6 +121,22 @@ def content_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -
         sha.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
+
+
+@contextmanager
+def _replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary file that takes the place of ``path`` once it is complete."""
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".attnreg-{secrets.token_hex(6)}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write {os.fspath(path)}: {_reason(error)}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _checked_metadata(
