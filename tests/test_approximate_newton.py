@@ -58,17 +58,20 @@ def test_the_value_falls_at_the_stated_rate():
     history = fit(problem, solver="newton-sketch", tol=1e-9).history
     gaps = [record.regularised - best for record in history if record.accepted]
     gaps = [gap for gap in gaps if gap > 1e-10 * best]  # above rounding
-    assert len(gaps) > 4
-    # The exact Hessian differs from Gauss-Newton by less than a tenth here.
-    for before, after in itertools.pairwise(gaps[2:]):
-        assert after < (approximate_newton.DISTORTION + 0.1) ** 2 * before
+    assert len(gaps) >= 4
+    # b/a FORCING^2 with b/a = (1 + eps) / (1 - eps), and a half more: the exact Hessian differs
+    # from Gauss-Newton by less than a tenth here, and the model is not the objective.
+    eps = approximate_newton.DISTORTION
+    factor = 1.5 * (1 + eps) / (1 - eps) * approximate_newton.FORCING**2
+    for before, after in itertools.pairwise(gaps[1:]):
+        assert after < factor * before
 
 
 def test_records_say_what_was_sampled_and_spent():
     sketch = fit(tall(), solver="newton-sketch", tol=1e-10).history
     assert sketch[0].phase == "start"
     assert sketch[0].rows == "exact"
-    assert all(record.phase == "sketch" for record in sketch[1:])
+    assert all(record.phase == "newton" for record in sketch[1:])
     assert all(0 < record.rows_sampled < 250 for record in sketch[1:])
     assert sketch[-1].rows == f"{sketch[-1].rows_sampled} of 500"
     for before, after in itertools.pairwise(sketch):
@@ -87,7 +90,7 @@ def test_records_say_what_was_sampled_and_spent():
 def test_all_rows_are_called_exact():
     _, problem = ragged(ridge_x=1e-6, ridge_y=1e-4)
     history = fit(problem, solver="newton-sketch", max_iterations=3).history
-    assert {(record.phase, record.rows) for record in history[1:]} == {("gauss-newton", "exact")}
+    assert [record.rows for record in history] == ["exact"] * 4
 
 
 def test_the_seed_decides():

@@ -90,7 +90,7 @@ def test_solvers_by_name(run, problem, solver):
     assert summary["solver"] == result.solver == solver
     assert summary["operations"] == result.history[-1].operations
     assert summary["operations"]["attention"] > 0
-    assert (summary["inner_iterations"] > 0) == (solver == "newton-cg")
+    assert summary["inner_iterations"] > 0
     table = json.loads(run("info", "fit.safetensors", "--json")[1])["history"]
     assert table[-1]["rows"] == result.history[-1].rows
 
