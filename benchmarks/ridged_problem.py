@@ -3,9 +3,12 @@
     A = G diag(sigma) per sequence, G standard normal, sigma from 1 down to 10^-decades
     B = softmax(A X* A^T) A Y* + noise
 
-as in `planted_problem`. The problem is given in whitened inputs: with the QR decomposition A = Q R
-of all rows, it has Q in place of A, and X* becomes R X* R^T. The fit is the same, the condition
-number 10^decades of A does not enter, and no A^T A is formed: its square would be beyond float64.
+as in `planted_problem`. The ridges pull towards a random step from X* and Y*, of `DISTANCE` times
+their size: a layer near the one that made the targets.
+
+The problem is given in whitened inputs: with the QR decomposition A = Q R of all rows, it has Q in
+place of A, and X* becomes R X* R^T. The fit is the same, the condition number 10^decades of A does
+not enter, and no A^T A is formed: its square would be beyond float64.
 
 ridge_x is c times the top of the curvature, lambda_max(G^-1 K): K the reduced Gauss-Newton matrix
 (halved, without the ridge of X) at X*, G the Kronecker product of the Gram matrices.
@@ -23,14 +26,16 @@ from attnreg.objective import Objective, Point
 from benchmarks.planted_problem import planted
 
 LANCZOS_STEPS = 40
+DISTANCE = 0.3
 
 
 @dataclass(frozen=True)
 class Ridged:
-    """A problem, the planted X in its coordinates, and the top of its curvature there."""
+    """A problem, the planted X in its coordinates, the ridges' centre, and its curvature's top."""
 
     problem: AttentionProblem
     X: Tensor
+    center: dict[str, Tensor]
     top: float
 
     def point(self) -> Point:
@@ -57,10 +62,18 @@ def ridged(
     Q = Q.view(A.shape) * (sequences * rows) ** 0.5
     R = R / (sequences * rows) ** 0.5
     X = R @ made.X @ R.mT
-    problem = AttentionProblem(Q, made.arrays.B, ridge_y=ridge_y)
-    bare = Ridged(problem, X, 0.0)
-    top = curvature_top(bare.point())
-    return Ridged(problem.replace(ridge_x=ratio * top), X, top)
+    Y = R @ made.Y
+    center = {"X": moved(X, seed), "Y": moved(Y, seed + 1)}
+    problem = AttentionProblem(Q, made.arrays.B, ridge_y=ridge_y, center=center)
+    top = curvature_top(Ridged(problem, X, center, 0.0).point())
+    return Ridged(problem.replace(ridge_x=ratio * top), X, center, top)
+
+
+def moved(matrix: Tensor, seed: int) -> Tensor:
+    """The matrix a random step of `DISTANCE` times its norm away."""
+    generator = torch.Generator().manual_seed(10**5 + seed)
+    step = torch.randn(matrix.shape, generator=generator, dtype=torch.float64)
+    return matrix + DISTANCE * matrix.norm() / step.norm() * step
 
 
 def curvature_top(point: Point) -> float:

@@ -29,7 +29,7 @@ class DenseSolver:
         self.operations = Operations() if operations is None else operations
 
     def inverse(self, damping: float = 0.0) -> Callable[[Tensor], Tensor]:
-        """The map ``v -> (H + damping I)^{-1} v``, factored once, on directions of curvature > 0."""
+        """The map ``v -> (H + damping I)^{-1} v`` on directions of positive curvature."""
         return self._factored(damping)[0]
 
     def solve(self, gradient: Tensor, damping: float) -> Solve:
