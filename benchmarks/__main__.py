@@ -10,7 +10,16 @@ import importlib
 
 from benchmarks.common import console
 
-NAMES = ("product_cost", "tail", "real_layer", "planted")  # the shortest first
+NAMES = (
+    "convergence",
+    "sketch",
+    "inner_iterations",
+    "product_cost",
+    "tail",
+    "complexity",
+    "real_layer",
+    "planted",
+)  # the shortest first
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from attnreg import __version__
 from attnreg.arrays import dtype_name
 from attnreg.certificate import Certificate, Kind, verify
-from attnreg.fitting import fit
+from attnreg.fitting import SOLVERS, fit
 from attnreg.masks import and_causal
 from attnreg.models import Bilinear, Model, MultiHead
 from attnreg.problem import AttentionProblem
@@ -34,7 +34,7 @@ from attnreg.result import FitResult
 from attnreg.storage import read_tensors, write_tensors
 
 BAD_INPUT, NOT_CONVERGED, NOT_CERTIFIED, INTERRUPTED = 2, 3, 3, 130
-HISTORY_COLUMNS = ("iteration", "loss", "gradient_norm", "phase", "accepted")
+HISTORY_COLUMNS = ("iteration", "loss", "gradient_norm", "phase", "rows", "accepted")
 
 app = typer.Typer(
     help="Attention regression: fit softmax(scale A1 X A2^T + mask) A3 Y, or a multi-head layer, "
@@ -85,6 +85,7 @@ Center = Annotated[
 Tol = Annotated[float, typer.Option(help="Bound on the gradient, relative to the targets.")]
 MaxSeconds = Annotated[float | None, typer.Option(help="Stop after this many seconds.")]
 MaxIterations = Annotated[int, typer.Option(help="Stop after this many iterations.")]
+SolverName = Annotated[str, typer.Option("--solver", metavar="NAME", help=f"{', '.join(SOLVERS)}.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of start and samples.")]
 ProblemFile = Annotated[
     Path,
@@ -134,6 +135,7 @@ def fit_command(
     causal: Causal = False,
     init: Init = None,
     center: Center = None,
+    solver: SolverName = SOLVERS[0],
     tol: Tol = 1e-8,
     max_seconds: MaxSeconds = None,
     max_iterations: MaxIterations = 500,
@@ -163,6 +165,7 @@ def fit_command(
         result = fit(
             problem,
             model,
+            solver=solver,
             init=start,
             tol=tol,
             max_iterations=max_iterations,
@@ -399,6 +402,9 @@ def _fit_summary(result: FitResult) -> dict[str, Any]:
         "iterations": last.iteration if last else 0,
         "passes": last.passes if last else 0,
         "seconds": last.seconds if last else 0.0,
+        "solver": result.solver,
+        "inner_iterations": sum(record.inner_iterations for record in result.history),
+        "operations": dict(last.operations) if last else {},
         "seed": result.seed,
     }
 

@@ -15,9 +15,12 @@ from attnreg.problem import AttentionProblem
 from attnreg.progress import ProgressDisplay
 from attnreg.records import IterationRecord
 from attnreg.result import FitResult
+from attnreg.solvers.approximate_newton import MAX_DENSE_SIZE, ApproximateNewton
 from attnreg.solvers.path import stages_for
-from attnreg.solvers.trust_region import Outcome, Settings, TrustRegion
+from attnreg.solvers.run import Outcome, Settings
+from attnreg.solvers.trust_region import TrustRegion
 
+SOLVERS = ("trust-region", "newton-sketch", "newton-cg")
 Callback = Callable[[IterationRecord], bool | None]
 
 
@@ -25,6 +28,7 @@ def fit(
     problem: AttentionProblem,
     model: Model | None = None,
     *,
+    solver: str = "trust-region",
     init: Mapping[str, Tensor] | FitResult | None = None,
     tol: float = 1e-8,
     max_iterations: int = 500,
@@ -38,6 +42,10 @@ def fit(
     Args:
         problem: Inputs, outputs, mask, weights, scale and ridges.
         model: What is fitted; default :class:`Bilinear`.
+        solver: ``"trust-region"``, for every problem; ``"newton-sketch"``, the paper's algorithm
+            with sampled query rows; ``"newton-cg"``, the same by conjugate gradients in the
+            natural metric. The last two are for :class:`Bilinear` with both ridges, and descend
+            from the start with constant forcing: no path and no other starts.
         init: Named parameters to start from, or a result to continue. A start whose readout
             (``Y``, or ``W_O`` and ``b_O``) is zero is led in by the regularisation path; for
             :class:`Bilinear` other starts are tried too, and the loss may rise between them. The
@@ -47,7 +55,7 @@ def fit(
         max_iterations: Bound on the iterations, rejected steps included.
         max_seconds: Bound on the wall time, checked after every product; the step in hand is
             still tried.
-        seed: Seed of the start without ``init`` and of the preconditioner's samples; the same
+        seed: Seed of the start without ``init`` and of all samples of the solver; the same
             seed gives the same fit on the same machine with the same number of threads.
         progress: Whether a live display is shown on the terminal.
         callback: Called with every :class:`IterationRecord`; a true answer stops the fit.
@@ -56,11 +64,13 @@ def fit(
         The result. Ctrl-C returns the best iterate so far with its status.
 
     Raises:
-        ValueError: If an argument is out of range, or ``init`` does not fit the model.
+        ValueError: If an argument is out of range, ``init`` does not fit the model, or the solver
+            is not for this problem.
     """
     began = time.perf_counter()
     model = Bilinear() if model is None else model
     _check_bounds(tol, max_iterations, max_seconds)
+    check_solver(solver, problem, model)
     if isinstance(init, FitResult):
         if init.model != model:
             raise ValueError(
@@ -78,9 +88,15 @@ def fit(
             return callback(record) if callback is not None else None
 
         objective = Objective(problem, model)
-        settings = Settings(tol, max_iterations, max_seconds, stages_for(readout))
         generator = torch.Generator().manual_seed(seed)
-        outcome = TrustRegion(objective, theta, settings, generator, observe, began).run()
+        if solver == "trust-region":
+            settings = Settings(tol, max_iterations, max_seconds, stages_for(readout))
+            outcome = TrustRegion(objective, theta, settings, generator, observe, began).run()
+        else:
+            settings = Settings(tol, max_iterations, max_seconds)
+            source = generator if solver == "newton-sketch" else None
+            loop = ApproximateNewton(objective, theta, settings, observe, began, source)
+            outcome = loop.run()
     point = outcome.point
     return FitResult(
         parameters=model.join(problem, point.theta, point.readout, template),
@@ -97,7 +113,37 @@ def fit(
         scale=problem.scale,
         causal=problem.causal,
         problem_digest=problem.digest(),
+        solver=solver,
     )
+
+
+def check_solver(solver: str, problem: AttentionProblem, model: Model) -> None:
+    """Whether a solver is for a problem and a model.
+
+    Raises:
+        ValueError: If it is not, or there is none of this name.
+    """
+    if solver not in SOLVERS:
+        names = ", ".join(map(repr, SOLVERS))
+        raise ValueError(f"solver={solver!r} was given, one of {names} is expected")
+    if solver == "trust-region":
+        return
+    if not isinstance(model, Bilinear):
+        raise ValueError(
+            f"solver={solver!r} fits the bilinear model, {type(model).__name__} was given: "
+            "use solver='trust-region'"
+        )
+    if problem.ridge_x == 0.0 or problem.ridge_y == 0.0:
+        raise ValueError(
+            f"solver={solver!r} needs ridge_x and ridge_y above 0, ridge_x={problem.ridge_x:g} and "
+            f"ridge_y={problem.ridge_y:g} were given: set both, or use solver='trust-region'"
+        )
+    size = problem.d_query * problem.d_key
+    if solver == "newton-sketch" and size > MAX_DENSE_SIZE:
+        raise ValueError(
+            f"solver='newton-sketch' forms a matrix with a row for each entry of X and takes at "
+            f"most {MAX_DENSE_SIZE}, X has {size}: use solver='newton-cg'"
+        )
 
 
 def _check_bounds(tol: float, max_iterations: int, max_seconds: float | None) -> None:

@@ -60,11 +60,12 @@ class IterationRecord:
         passes: Attention passes since the fit began.
         phase: ``"start"``, ``"screening"`` (on to the start that won a race), ``"path"`` (on to the
             path's beginning; the loss may rise), ``"best"`` (back to the best point left), or
-            the curvature of the step: ``"gauss-newton"``, ``"newton"`` or ``"sketch"``.
+            the curvature of the step: ``"gauss-newton"`` or ``"newton"``.
         accepted: Whether the step was taken.
         operations: Floating-point operations since the fit began, by kind (see
             :mod:`attnreg.operations`); empty in files of older versions.
-        rows_sampled: Query rows that entered the curvature of the step; None means all of them.
+        rows_sampled: Query rows that entered the sketch of the curvature; None: there was none, all
+            rows counted.
         rows_available: Those that could have.
     """
 

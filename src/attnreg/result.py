@@ -37,6 +37,7 @@ class FitResult:
         scale: Logit scale of the problem (None: the model's own).
         causal: Whether query ``i`` saw keys 0 to ``i`` only.
         problem_digest: Digest of the problem that was solved.
+        solver: Name of the solver that found it.
     """
 
     parameters: Mapping[str, Tensor]
@@ -53,6 +54,7 @@ class FitResult:
     scale: float | None
     causal: bool
     problem_digest: str
+    solver: str = "trust-region"
 
     @property
     def converged(self) -> bool:
@@ -120,7 +122,7 @@ class FitResult:
             "history": [asdict(record) for record in self.history],
             "notes": list(self.notes),
         }
-        metadata |= {name: getattr(self, name) for name in _PLAIN}
+        metadata |= {name: getattr(self, name) for name in (*_PLAIN, "solver")}
         tensors = {name: value.cpu().contiguous() for name, value in self.parameters.items()}
         write_tensors(path, tensors, metadata)
 
@@ -146,6 +148,7 @@ class FitResult:
             status=Status(metadata["status"]),
             history=tuple(IterationRecord(**record) for record in metadata["history"]),
             notes=tuple(metadata["notes"]),
+            solver=metadata.get("solver", "trust-region"),
             **{name: metadata[name] for name in _PLAIN},
         )
 
