@@ -17,6 +17,7 @@ NAMES = (
     "product_cost",
     "tail",
     "complexity",
+    "certificates",
     "real_layer",
     "planted",
 )  # the shortest first

@@ -32,7 +32,7 @@ from attnreg.certificate.coordinates import Coordinates, Setting
 from attnreg.certificate.findings import Findings, dual_norm, not_definite
 from attnreg.certificate.gradient import Gradient
 from attnreg.certificate.local import local_statement
-from attnreg.certificate.spectrum import LowerBounds
+from attnreg.certificate.spectrum import LowerBounds, smallest_curvature
 from attnreg.problem import AttentionProblem
 
 ENCLOSED = ("none of rounding: every number is enclosed in ball arithmetic (python-flint)",)
@@ -74,7 +74,7 @@ def rigorous_findings(
         bounds = _lower_bounds(flint, exact, hessian, r1 * r2)
     local, obstacle = None, ""
     if bounds is None:
-        obstacle = not_definite(_smallest(hessian))
+        obstacle = not_definite(smallest_curvature(hessian))
     else:
         local = local_statement(geometry, bounds)
     return Findings(
@@ -175,11 +175,6 @@ def _level(flint: Any, setting: Setting) -> Level:
 
 def _midpoints(matrix: Any, size: int) -> Tensor:
     return torch.tensor([float(e) for e in matrix.entries()], dtype=torch.float64).view(size, size)
-
-
-def _smallest(hessian: Tensor) -> float:
-    scale = hessian.diagonal().abs().clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
-    return float(torch.linalg.eigvalsh(scale[:, None] * hessian * scale)[0])
 
 
 def _lower_bounds(flint: Any, exact: Exact, hessian: Tensor, split: int) -> LowerBounds | None:

@@ -77,10 +77,12 @@ def lower_bounds(curvature: Curvature, gradient: Gradient) -> LowerBounds | None
     return LowerBounds(bounds[0], bounds[1], decrement)
 
 
-def smallest_curvature(curvature: Curvature) -> float:
-    """Smallest eigenvalue of the Hessian scaled to unit diagonal: an estimate, for messages."""
-    scale = _scale(curvature.matrix.diagonal())
-    return float(torch.linalg.eigvalsh(scale[:, None] * curvature.matrix * scale)[0])
+def smallest_curvature(matrix: Tensor) -> float:
+    """Smallest eigenvalue of a Hessian scaled to unit diagonal: an estimate, for messages."""
+    diagonal = matrix.diagonal().abs()
+    floor = torch.finfo(torch.float64).eps * diagonal.max().clamp_min(1e-300)
+    scale = diagonal.clamp_min(floor).rsqrt()
+    return float(torch.linalg.eigvalsh(scale[:, None] * matrix * scale)[0])
 
 
 def _rounding(curvature: Curvature) -> Tensor:

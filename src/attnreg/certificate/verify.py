@@ -104,7 +104,7 @@ def _findings(problem: AttentionProblem, setting: Setting, coordinates: Coordina
         if bounds is not None:
             local = local_statement(geometry, bounds)
         else:
-            obstacle = not_definite(smallest_curvature(curvature))
+            obstacle = not_definite(smallest_curvature(curvature.matrix))
     return Findings(
         gradient=gradient,
         gradient_norm=dual_norm(problem, gradient, errors),
@@ -161,14 +161,14 @@ def _certificate(
         kind, norm = Kind.LOCAL, "hessian"
         gap, radius, mu, lipschitz = local.gap, local.radius, local.mu, local.lipschitz
         reason = (
-            "the Hessian is positive definite and 8 lipschitz * decrement is "
-            f"{8 * local.lipschitz * local.decrement:.1e}, below 1; GLOBAL needs ridge_x above "
+            "the Hessian is positive definite and 2 lipschitz * decrement is "
+            f"{2 * local.lipschitz * local.decrement:.1e}, below 1; GLOBAL needs ridge_x above "
             f"{found.convexity.needed:.1e} at this ridge_y"
         )
     elif local is not None:
         reason = (
-            "the Hessian is positive definite, but the gradient is too large for a ball: 8 "
-            f"lipschitz * decrement is {8 * local.lipschitz * local.decrement:.1e}, below 1 is "
+            "the Hessian is positive definite, but the gradient is too large for a ball: 2 "
+            f"lipschitz * decrement is {2 * local.lipschitz * local.decrement:.1e}, below 1 is "
             "needed; continue the fit with a smaller tol, or in float64"
         )
     else:
