@@ -10,9 +10,9 @@ In the norm of the Hessian ``H`` at the point, ``||d||^2 = d^T H d``, let ``lamb
 * At distance ``t`` the objective is at least the centre's ``- lambda t + t^2 / 2 - M t^3 / 6``.
 
 If ``2 M lambda < 1`` then ``m > 0`` and the outward derivative is positive: the ball holds exactly
-one minimiser and no other stationary point, and the gap is at most the largest value of ``lambda t -
-t^2 / 2 + M t^3 / 6`` on it, taken at ``t = 2 lambda / (1 + sqrt(1 - 2 M lambda))``, which bounds the
-distance of the minimiser too (the constants of Kantorovich's theorem).
+one minimiser and no other stationary point. The gap is at most the largest value of ``lambda t -
+t^2 / 2 + M t^3 / 6`` on it, taken at ``t = 2 lambda / (1 + sqrt(1 - 2 M lambda))``, which bounds
+the distance of the minimiser too (the constants of Kantorovich's theorem).
 """
 
 from __future__ import annotations

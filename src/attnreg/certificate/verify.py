@@ -20,7 +20,9 @@ from attnreg.certificate.coordinates import Coordinates, Setting
 from attnreg.certificate.curvature import CurvatureObserver
 from attnreg.certificate.findings import Findings, dual_norm, not_definite
 from attnreg.certificate.gradient import evaluate
+from attnreg.certificate.large import MATRIX_FREE, JointHessian, probable_bounds
 from attnreg.certificate.local import local_statement
+from attnreg.certificate.multihead import layer_certificate
 from attnreg.certificate.rigorous import ENCLOSED, rigorous_findings
 from attnreg.certificate.spectrum import lower_bounds, smallest_curvature
 from attnreg.models import Bilinear
@@ -44,6 +46,8 @@ def verify(
     *,
     tolerance: float = 1e-8,
     rigorous: bool = False,
+    failure_probability: float = 1e-6,
+    seed: int = 0,
 ) -> Certificate:
     """Says what can be proven of parameters: nothing of how they were found is used.
 
@@ -55,6 +59,9 @@ def verify(
             metric is at most ``tolerance ||B - mean||_F^2``.
         rigorous: Whether everything is computed in ball arithmetic, so that no model of rounding
             is assumed; for small problems, and needs the extra ``attnreg[rigorous]``.
+        failure_probability: With which the bounds of Lanczos may be wrong, where it is used: for
+            more than 4,096 parameters and for multi-head layers.
+        seed: Of the start of Lanczos.
 
     Returns:
         The strongest certificate that holds.
@@ -64,14 +71,34 @@ def verify(
     """
     if not (math.isfinite(tolerance) and tolerance > 0):
         raise ValueError(f"tolerance={tolerance} was given, a positive number is expected")
+    if not 0 < failure_probability < 1:
+        raise ValueError(
+            f"failure_probability={failure_probability} was given, a number between 0 and 1 is "
+            "expected"
+        )
     parameters = _parameters(X, Y)
+    model = X.model if isinstance(X, FitResult) else Bilinear()
+    digests = (problem.digest(), parameters_digest(parameters, repr(model)))
+    if not isinstance(model, Bilinear):
+        if rigorous:
+            raise ValueError("rigorous was asked for a multi-head layer; it is for X and Y only")
+        return layer_certificate(
+            problem, model, parameters, tolerance, failure_probability, seed, digests
+        )
     setting = Setting.of(problem, parameters)
     coordinates = Coordinates.of(setting, problem.dtype)
-    compute = rigorous_findings if rigorous else _findings
-    found = compute(problem, setting, coordinates)
-    digests = (problem.digest(), parameters_digest(parameters, repr(Bilinear())))
-    assumptions = (*(ENCLOSED if rigorous else DOUBLED), *_held(coordinates))
-    return _certificate(problem, found, assumptions, tolerance, digests)
+    r1, r2, r3 = coordinates.shape
+    failure, assumptions = 0.0, tuple[str, ...]()
+    if rigorous:
+        found, assumptions = rigorous_findings(problem, setting, coordinates), ENCLOSED
+    elif r1 * r2 + r3 * problem.d_out <= MAX_DENSE:
+        found, assumptions = _findings(problem, setting, coordinates), DOUBLED
+    else:
+        failure = failure_probability
+        found = _large_findings(problem, setting, coordinates, failure, seed)
+        assumptions = (DOUBLED[0], *MATRIX_FREE)
+    assumptions = (*assumptions, *_held(coordinates))
+    return _certificate(problem, found, assumptions, (tolerance, failure), digests)
 
 
 def _parameters(X: Tensor | FitResult, Y: Tensor | None) -> Mapping[str, Tensor]:
@@ -117,6 +144,43 @@ def _findings(problem: AttentionProblem, setting: Setting, coordinates: Coordina
     )
 
 
+def _large_findings(
+    problem: AttentionProblem,
+    setting: Setting,
+    coordinates: Coordinates,
+    failure: float,
+    seed: int,
+) -> Findings:
+    """The same without the Hessian."""
+    geometry_of = GeometryObserver(setting, coordinates)
+    gradient = evaluate(setting, coordinates, geometry_of)
+    geometry, errors = geometry_of.result(), _gram_errors(setting, coordinates)
+    wide = problem.to(torch.float64, "cpu")
+    hessian = JointHessian(wide, {"X": setting.x, "Y": setting.y}, setting, coordinates)
+    bounds, found = probable_bounds(hessian, gradient, failure, seed)
+    local, obstacle = None, ""
+    if bounds is not None:
+        local = local_statement(geometry, bounds)
+    elif found.smallest < -1e-8 * found.largest:
+        obstacle = not_definite(found.smallest / found.largest)
+    else:
+        obstacle = (
+            f"the smallest curvature is at most {found.smallest / found.largest:.1e} of the "
+            "largest, which Lanczos cannot tell from zero in the steps it is given: set stronger "
+            "ridges"
+        )
+    return Findings(
+        gradient=gradient,
+        gradient_norm=dual_norm(problem, gradient, errors),
+        geometry=geometry,
+        local=local,
+        convexity=convexity(setting, geometry, errors),
+        obstacle=obstacle,
+        gram_errors=errors,
+        method="matrix-free",
+    )
+
+
 def _gram_errors(setting: Setting, coordinates: Coordinates) -> tuple[float, float, float]:
     """Distances of the whitened Gram matrices from the identity."""
     weighted = [
@@ -151,10 +215,11 @@ def _certificate(
     problem: AttentionProblem,
     found: Findings,
     assumptions: tuple[str, ...],
-    tolerance: float,
+    settings: tuple[float, float],
     digests: tuple[str, str],
 ) -> Certificate:
     """The strongest statement that the findings allow."""
+    tolerance, failure = settings
     kind, gap, radius, mu, lipschitz, norm = Kind.NOT_CERTIFIED, None, None, None, None, "none"
     local, modulus = found.local, found.convexity.modulus
     if local is not None and local.holds:
@@ -199,7 +264,7 @@ def _certificate(
         loss=found.gradient.loss,
         value=found.gradient.value,
         method=found.method,
-        failure_probability=0.0,
+        failure_probability=failure,
         problem_digest=digests[0],
         parameters_digest=digests[1],
     )
