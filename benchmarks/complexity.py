@@ -172,12 +172,12 @@ def exponents(
     return {name: (float(solution[i]), float(errors[i])) for i, name in ((1, "n"), (2, "d"))}
 
 
-def summarise(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarise(entries: Sequence[dict[str, Any]], least: float) -> dict[str, Any]:
     """Exponents of seconds, counted operations and formulas on the grid of each method."""
     summary = {}
     for method in WIDTHS:
         own = [e for e in entries if e["method"] == method]
-        fitted = [e for e in own if sum(e["operations"].values()) >= LARGE]
+        fitted = [e for e in own if sum(e["operations"].values()) >= least]
         fits = {
             "seconds": exponents(fitted, [e["seconds"] for e in fitted]),
             "counted": exponents(fitted, [sum(e["operations"].values()) for e in fitted]),
@@ -238,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.quick:
         cells = [cell for cell in cells if cell.rows <= 1024 and cell.width <= 32]
     entries = [measure(cell, repeats) for cell in cells if cell.estimate <= BUDGET[cell.method]]
-    summary = summarise(entries)
+    summary = summarise(entries, 0.0 if options.quick else LARGE)
     print_entries(entries, summary)
     content = {
         "machine": machine(),
