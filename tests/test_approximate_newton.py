@@ -14,6 +14,7 @@ from attnreg.records import Status
 from attnreg.result import FitResult
 from attnreg.solvers import approximate_newton
 from attnreg.storage import read_tensors, write_tensors
+from benchmarks import inner_iterations
 from tests.cases import twin
 from tests.twins import Twin, normal, relative
 
@@ -191,3 +192,15 @@ def test_a_saved_fit_remembers_its_solver(tmp_path):
 
 def test_names_of_solvers_are_those_of_the_command_line():
     assert SOLVERS == ("trust-region", "newton-sketch", "newton-cg")
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1e-2])
+def test_products_in_the_natural_metric_are_bounded(ratio):
+    counts = [
+        inner_iterations.products(inner_iterations.Shape(*sizes), decades, ratio, seed=0)
+        for sizes in ((1, 64, 4), (1, 300, 6), (4, 40, 6))
+        for decades in (0.0, 6.0)
+    ]
+    assert max(counts) <= inner_iterations.bound(ratio)
+    if ratio == 1.0:
+        assert max(counts) - min(counts) <= 3  # flat
