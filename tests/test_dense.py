@@ -1,5 +1,7 @@
 """The assembled curvature against autograd of the slow twin, and the dense solve."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -12,11 +14,11 @@ from attnreg.curvature.dense import (
 from attnreg.fitting import fit
 from attnreg.linear_solve.cg import conjugate_gradients
 from attnreg.linear_solve.cholesky import DenseSolver
-from attnreg.models import attention
+from attnreg.models import Bilinear, attention
 from attnreg.solvers import trust_region
-from tests.cases import CASES, MODELS, moved, planted, twin
+from tests.cases import CASES, MODELS, inputs, moved, planted, twin
 from tests.test_objective import point_of
-from tests.twins import normal, relative
+from tests.twins import Case, Twin, normal, relative
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -27,6 +29,15 @@ def test_assembled_matrices_are_the_twins(case, model):
     identity = torch.eye(point.theta.numel(), dtype=torch.float64)
     hessian = torch.stack([t.hessian_product(point.theta, e) for e in identity])
     assert relative(assemble_hessian(point), hessian) < 1e-10
+    assert relative(assemble_gauss_newton(point), t.gauss_newton(point.theta)) < 1e-10
+
+
+@pytest.mark.parametrize("widths", list(itertools.product((1, 2), repeat=4)))
+def test_widths_of_one(widths):
+    d_query, d_out, d_key, d_value = widths
+    data = (inputs((6, 6), d, 9 * d) for d in (d_query, d_out, d_key, d_value))
+    t = Twin(Case(*data), Bilinear())
+    point = point_of(t)
     assert relative(assemble_gauss_newton(point), t.gauss_newton(point.theta)) < 1e-10
 
 

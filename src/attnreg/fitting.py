@@ -9,18 +9,26 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from attnreg.certificate import Certificate, verify
 from attnreg.models import Bilinear, Model
-from attnreg.objective import Objective
+from attnreg.objective import Objective, Point
 from attnreg.problem import AttentionProblem
 from attnreg.progress import ProgressDisplay
-from attnreg.records import IterationRecord
+from attnreg.records import IterationRecord, Status
 from attnreg.result import FitResult
 from attnreg.solvers.approximate_newton import MAX_DENSE_SIZE, ApproximateNewton
-from attnreg.solvers.path import stages_for
+from attnreg.solvers.path import WARM, stages_for
 from attnreg.solvers.run import Outcome, Settings
 from attnreg.solvers.trust_region import TrustRegion
 
 SOLVERS = ("trust-region", "newton-sketch", "newton-cg")
+FIRST_CERTIFIED = 1e-9
+"""Bound on the gradient at which a certificate is tried first: a larger gradient seldom gets one,
+and a Newton step more costs less than a certificate."""
+
+CUT_SHORT = (Status.MAX_SECONDS, Status.INTERRUPTED, Status.STOPPED)
+"""Who wants to stop now is not made to wait for a certificate."""
+
 Callback = Callable[[IterationRecord], bool | None]
 
 
@@ -34,6 +42,7 @@ def fit(
     max_iterations: int = 500,
     max_seconds: float | None = None,
     seed: int = 0,
+    certify: bool = False,
     progress: bool = False,
     callback: Callback | None = None,
 ) -> FitResult:
@@ -57,6 +66,10 @@ def fit(
             still tried.
         seed: Seed of the start without ``init`` and of all samples of the solver; the same
             seed gives the same fit on the same machine with the same number of threads.
+        certify: Whether ``tol`` is the certified gap instead: the fit goes on, with ever smaller
+            gradients, until :func:`attnreg.verify` bounds the regularised value less that at the
+            minimiser by ``tol * ||B - mean||_F^2``. For :class:`Bilinear`; the result has the
+            certificate, and a note where it is not strong enough.
         progress: Whether a live display is shown on the terminal.
         callback: Called with every :class:`IterationRecord`; a true answer stops the fit.
 
@@ -71,6 +84,12 @@ def fit(
     model = Bilinear() if model is None else model
     _check_bounds(tol, max_iterations, max_seconds)
     check_solver(solver, problem, model)
+    if certify and not isinstance(model, Bilinear):
+        raise ValueError(
+            f"certify=True needs a bound on the gap, which there is for Bilinear only, and "
+            f"{type(model).__name__} was given: fit without it and call verify(), which says "
+            "whether the point is stationary"
+        )
     if isinstance(init, FitResult):
         if init.model != model:
             raise ValueError(
@@ -80,7 +99,10 @@ def fit(
     template = model.start(problem, seed) if init is None else dict(init)
     theta, readout = model.split(problem, template)
     history: list[IterationRecord] = []
-    with ProgressDisplay(problem, tol, max_seconds, enabled=progress) as display:
+    certifier = Certifier(problem, model, template, tol) if certify else None
+    bound = min(tol, FIRST_CERTIFIED) if certify else tol
+    confirm = None if certifier is None else certifier.confirms
+    with ProgressDisplay(problem, bound, max_seconds, enabled=progress) as display:
 
         def observe(record: IterationRecord) -> bool | None:
             history.append(record)
@@ -89,14 +111,21 @@ def fit(
 
         objective = Objective(problem, model)
         generator = torch.Generator().manual_seed(seed)
+        stages = stages_for(readout) if solver == "trust-region" else WARM
+        settings = Settings(bound, max_iterations, max_seconds, stages, confirm)
         if solver == "trust-region":
-            settings = Settings(tol, max_iterations, max_seconds, stages_for(readout))
             outcome = TrustRegion(objective, theta, settings, generator, observe, began).run()
         else:
-            settings = Settings(tol, max_iterations, max_seconds)
             source = generator if solver == "newton-sketch" else None
             loop = ApproximateNewton(objective, theta, settings, observe, began, source)
             outcome = loop.run()
+        status, notes, certificate = outcome.status, _notes(objective, outcome), None
+        if certifier is not None and status not in CUT_SHORT:
+            confirmed, certificate = certifier.confirms(outcome.point), certifier.certificate
+            status = Status.CERTIFIED if confirmed else status
+        if certifier is not None and status is not Status.CERTIFIED:
+            why = "the fit was cut short" if certificate is None else certificate.reason
+            notes += (f"the gap is not certified: {why}",)
     point = outcome.point
     return FitResult(
         parameters=model.join(problem, point.theta, point.readout, template),
@@ -106,15 +135,45 @@ def fit(
         relative_error=problem.relative_error(point.loss),
         gradient_norm=outcome.gradient_norm,
         tol=tol,
-        status=outcome.status,
+        status=status,
         history=tuple(history),
-        notes=_notes(objective, outcome),
+        notes=notes,
         seed=seed,
         scale=problem.scale,
         causal=problem.causal,
         problem_digest=problem.digest(),
+        certificate=certificate,
         solver=solver,
     )
+
+
+class Certifier:
+    """Certificates of the points of a fit, the last one kept.
+
+    Args:
+        problem: The problem.
+        model: The bilinear model.
+        template: As in ``Model.join``.
+        tol: Bound on the gap over ``||B - mean||_F^2``.
+    """
+
+    def __init__(
+        self, problem: AttentionProblem, model: Model, template: Mapping[str, Tensor], tol: float
+    ) -> None:
+        self._problem, self._model, self._template = problem, model, template
+        self._bound = tol * (problem.target_norm_squared or 1.0)
+        self._point: Point | None = None
+        self.certificate: Certificate | None = None
+
+    def confirms(self, point: Point) -> bool:
+        """Whether the certified gap at a point is within the tolerance."""
+        if point is not self._point:
+            named = self._model.join(self._problem, point.theta, point.readout, self._template)
+            self.certificate = verify(self._problem, named["X"], named["Y"])
+            self._point = point
+        assert self.certificate is not None
+        gap = self.certificate.gap
+        return self.certificate.certified and gap is not None and gap <= self._bound
 
 
 def check_solver(solver: str, problem: AttentionProblem, model: Model) -> None:

@@ -11,6 +11,7 @@ class Status(enum.Enum):
     """Why a fit ended. ``text`` says the cause and what to try."""
 
     CONVERGED = "converged"
+    CERTIFIED = "certified"
     MAX_ITERATIONS = "max_iterations"
     MAX_SECONDS = "max_seconds"
     STALLED = "stalled"
@@ -25,6 +26,7 @@ class Status(enum.Enum):
 
 _TEXTS = {
     Status.CONVERGED: "the dual norm of the reduced gradient is within the tolerance",
+    Status.CERTIFIED: "a certificate bounds the gap to the minimiser by the tolerance",
     Status.MAX_ITERATIONS: (
         "the iteration limit was reached before the tolerance: raise max_iterations and continue "
         "with init=result, or loosen tol"

@@ -107,7 +107,7 @@ def _assemble(point: Point, *, exact: bool, selection: RowSelection | None = Non
     spent = objective.operations
     spent.dense += product(width, width, d_out * size) + product(size, width * d_out, size)
     shape = (width * d_out, size)
-    matrix.addmm_(slope.view(shape).mT, projected.view(shape), alpha=-1.0)
+    matrix.addmm_(slope.reshape(shape).mT, projected.reshape(shape), alpha=-1.0)
     matrix = matrix + matrix.mT  # twice the symmetric part
     if objective.ridge is not None:
         start = 0

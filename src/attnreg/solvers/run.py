@@ -17,6 +17,10 @@ ACCEPT = 1e-4
 """Smallest ratio of actual to predicted decrease at which a step is taken."""
 
 
+LOWER = 1e-2
+"""Factor on the tolerance where a point within it was not confirmed."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What bounds a run.
@@ -26,12 +30,15 @@ class Settings:
         max_iterations: Bound on the iterations, rejected steps included.
         max_seconds: Bound on the wall time, or None.
         stages: The path, largest first; the last is 0.
+        confirm: Asked of a point whose gradient is within ``tol``; a false answer lowers the bound
+            on the gradient by :data:`LOWER`, and the run goes on.
     """
 
     tol: float
     max_iterations: int
     max_seconds: float | None
     stages: tuple[float, ...] = (0.0,)
+    confirm: Callable[[Point], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,7 @@ class Run:
 
     Attributes:
         iteration: Counted from 0, the start.
+        tol: Bound on the gradient norm that holds now.
     """
 
     def __init__(
@@ -65,12 +73,23 @@ class Run:
     ) -> None:
         self._objective, self._settings = objective, settings
         self._observe, self._began = observe, began
-        self.iteration = 0
+        self.iteration, self.tol = 0, settings.tol
 
     def out_of_time(self) -> bool:
         """Whether the time limit is over."""
         limit = self._settings.max_seconds
         return limit is not None and time.perf_counter() - self._began >= limit
+
+    def judge(self, point: Point, norm: float) -> Status | None:
+        """Whether the run may end at a point with this relative gradient norm."""
+        if norm > self.tol:
+            return None
+        if self._settings.confirm is None:
+            return Status.CONVERGED
+        if self._settings.confirm(point):
+            return Status.CERTIFIED
+        self.tol *= LOWER
+        return None
 
     def report(
         self, point: Point, norm: float, phase: str, *, may_converge: bool, **fields: Any
@@ -100,8 +119,8 @@ class Run:
         )
         if self._observe(record):
             return Status.STOPPED
-        if may_converge and norm <= self._settings.tol:
-            return Status.CONVERGED
+        if may_converge and (status := self.judge(point, norm)):
+            return status
         if self.iteration >= self._settings.max_iterations:
             return Status.MAX_ITERATIONS
         if self.out_of_time():

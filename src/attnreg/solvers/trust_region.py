@@ -163,10 +163,11 @@ class TrustRegion:
     def _iterate(self) -> Status | None:
         self._advance_path()
         if self._final:
-            converged = self._norm <= self._settings.tol
-            if converged and self._point.value <= self._restarts.best_value:
-                return Status.CONVERGED
-            if converged or self._restarts.crawls(self._run.iteration, self._norm):
+            best = self._point.value <= self._restarts.best_value
+            if best and (status := self._run.judge(self._point, self._norm)):
+                return status
+            ends = not best and self._norm <= self._run.tol
+            if ends or self._restarts.crawls(self._run.iteration, self._norm):
                 return self._restart(self._restarts.leave(self._point))
         self._choose_curvature()
         point = self._point
@@ -288,7 +289,7 @@ class TrustRegion:
         return MIN_DAMPING if self._final else MIN_PATH_DAMPING
 
     def _advance_path(self) -> None:
-        if self._final or (self._gain >= STAGE_GAIN and self._norm > self._settings.tol):
+        if self._final or (self._gain >= STAGE_GAIN and self._norm > self._run.tol):
             return
         self._stage += 1
         damping = self._settings.stages[self._stage] * self._unit
