@@ -122,10 +122,10 @@ def large_case(rows: int, width: int) -> dict[str, Any]:
         for shape in ((1, rows, width), (width, width), (1, rows, width))
     )
     X = torch.randn(width, width, generator=generator, dtype=torch.float64) / width
-    blank = AttentionProblem(A, torch.zeros_like(A), ridge_x=1e-2, ridge_y=1e-2)
+    blank = AttentionProblem(A, torch.zeros_like(A), ridge_x=0.1, ridge_y=0.1)
     truth = {"X": X, "Y": Y}
     problem = blank.replace(B=predict(Bilinear(), truth, blank) + 0.1 * noise)
-    result = fit(problem, init=truth, tol=1e-12, max_iterations=30)
+    result = fit(problem, init=truth, tol=1e-12, max_iterations=60)
     began = time.perf_counter()
     certificate = verify(problem, result)
     seconds = time.perf_counter() - began

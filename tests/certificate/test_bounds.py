@@ -67,6 +67,16 @@ def test_the_third_cumulant_is_attained():
     assert abs(float(third[1])) == pytest.approx(C3, rel=1e-12)
 
 
+def test_bound_of_the_fourth_cumulant():
+    """The last step of the proof: the bounds on ``Var phi`` stay below ``(2 C4)^2``."""
+    m = torch.linspace(0.5, 1.0, 2001, dtype=torch.float64)
+    top = m * (1 - m)
+    # Increasing in v: largest at v = M (1 - M); the slope of the whole in M is below 1.
+    first = (m.square() * top.square() + 3 * top**3).max()
+    second = (4 * m**6 / 81).max()
+    assert float(max(first, second)) + 0.5 / 2000 * 0.2 <= (2 * C4) ** 2
+
+
 # ------------------------------------------------------------------ third derivative
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from attnreg import AttentionProblem, Bilinear, Kind, fit, predict, verify
+from attnreg import AttentionProblem, Bilinear, Certificate, Kind, fit, predict, verify
 from tests.twins import normal
 
 
@@ -190,3 +190,39 @@ def test_a_result_has_its_own_readout(ridged):
 def test_tolerance_is_positive(ridged, tolerance):
     with pytest.raises(ValueError, match="tolerance"):
         verify(*ridged, tolerance=tolerance)
+
+
+A, B = normal(8, 3), normal(8, 2, seed=1)
+RIDGES = {"ridge_x": 1.0, "ridge_y": 1.0}
+DEGENERATE = {
+    "one row": AttentionProblem(normal(1, 1), normal(1, 1)),
+    "one row, ridges": AttentionProblem(normal(1, 1), normal(1, 1), **RIDGES),
+    "queries are zero": AttentionProblem(0 * A, B, A, A, **RIDGES),
+    "keys are zero": AttentionProblem(A, B, 0 * A, A, **RIDGES),
+    "values are zero": AttentionProblem(A, B, A, 0 * A, **RIDGES),
+    "values are zero, no ridge": AttentionProblem(A, B, A, 0 * A),
+    "targets are constant": AttentionProblem(A, 0 * B + 1, **RIDGES),
+    "one key each": AttentionProblem(normal(3, 1, 2), normal(3, 1, 2, seed=1)),
+    "every row sees itself": AttentionProblem(A, B, mask=torch.eye(8, dtype=torch.bool)),
+    "large masks": AttentionProblem(A, B, mask=1e9 * normal(8, 8), **RIDGES),
+    "one weight": AttentionProblem(A, B, weights=torch.eye(8, dtype=torch.float64)[3], **RIDGES),
+    "huge": AttentionProblem(1e150 * A, 1e150 * B, **RIDGES),
+    "tiny": AttentionProblem(1e-150 * A, 1e-150 * B),
+}
+
+
+@pytest.mark.parametrize("name", DEGENERATE)
+def test_degenerate_problems(tmp_path, name):
+    """No exception; both arithmetics state the same, and the certificate can be saved."""
+    problem = DEGENERATE[name]
+    x = normal(problem.d_query, problem.d_key, seed=2)
+    y = normal(problem.d_value, problem.d_out, seed=3)
+    found, proven = verify(problem, x, y), verify(problem, x, y, rigorous=True)
+    found.save(tmp_path / "c.json")
+    assert Certificate.load(tmp_path / "c.json") == found
+    assert found.kind is proven.kind
+    if found.certified:
+        assert found.gap == pytest.approx(proven.gap, rel=1e-6)
+        # Without directions of X the objective is convex, and least at the readout of a fit.
+        best = fit(problem, init={"X": x, "Y": y}, tol=1e-12).regularised_loss
+        assert found.value - best <= found.gap * (1 + 1e-12)

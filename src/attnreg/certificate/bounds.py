@@ -255,4 +255,6 @@ def diameter(points: Tensor) -> float:
 def _largest(matrix: Tensor) -> float:
     if matrix.shape[0] == 0:
         return 0.0
+    if not bool(matrix.isfinite().all()):
+        return math.inf
     return max(0.0, float(torch.linalg.eigvalsh(matrix)[-1]))

@@ -202,6 +202,7 @@ def parameters_digest(parameters: Mapping[str, Tensor], model: str) -> str:
 
 _NUMBERS = ("tolerance", "gradient_norm", "loss", "value", "failure_probability")
 _OPTIONAL = ("gap", "radius", "mu", "lipschitz")
+_UNBOUNDED = ("gradient_norm", "loss", "value")  # infinite where they overflow: null in JSON
 _TEXTS = ("reason", "norm", "method", "problem_digest", "parameters_digest")
 
 
@@ -213,7 +214,7 @@ def _parsed(content: Mapping[str, Any]) -> Certificate:
     values: dict[str, Any] = {"kind": Kind(content["kind"])}
     for name in (*_NUMBERS, *_OPTIONAL):
         value = content[name]
-        if value is None and (name in _OPTIONAL or name == "gradient_norm"):
+        if value is None and name in (*_OPTIONAL, *_UNBOUNDED):
             values[name] = None if name in _OPTIONAL else math.inf
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):

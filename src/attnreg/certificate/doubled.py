@@ -136,6 +136,8 @@ def matmul_error(left: Tensor, right: Tensor, slices: int = SLICES) -> float:
     """
     inner = left.shape[1]
     bits = (53 - math.ceil(math.log2(max(inner, 1)))) // 2
+    if left.numel() == 0 or right.numel() == 0:
+        return 0.0
     size = float(left.abs().max()) * float(right.abs().max())
     return inner * (slices + 1) * 2.0 ** (-bits * slices) * size
 

@@ -46,6 +46,8 @@ def not_definite(smallest: float) -> str:
     Returns:
         The reason and what to try.
     """
+    if math.isnan(smallest):
+        return "the Hessian has entries that are not finite: rescale the inputs"
     if smallest < -1e-8:
         return (
             f"the Hessian has negative curvature (-{-smallest:.1e} after scaling to unit "

@@ -78,7 +78,13 @@ def lower_bounds(curvature: Curvature, gradient: Gradient) -> LowerBounds | None
 
 
 def smallest_curvature(matrix: Tensor) -> float:
-    """Smallest eigenvalue of a Hessian scaled to unit diagonal: an estimate, for messages."""
+    """Smallest eigenvalue of a Hessian scaled to unit diagonal: an estimate, for messages.
+
+    Returns:
+        The estimate; nan where the Hessian is not finite.
+    """
+    if not bool(matrix.isfinite().all()):
+        return math.nan
     diagonal = matrix.diagonal().abs()
     floor = torch.finfo(torch.float64).eps * diagonal.max().clamp_min(1e-300)
     scale = diagonal.clamp_min(floor).rsqrt()

@@ -137,14 +137,12 @@ def _findings(problem: AttentionProblem, setting: Setting, coordinates: Coordina
     geometry, curvature = geometry_of.result(), curvature_of.result()
     errors = _gram_errors(setting, coordinates)
     local, obstacle = None, ""
-    if not bool(curvature.matrix.isfinite().all()):
-        obstacle = "the Hessian has entries that are not finite: rescale the inputs"
+    finite = bool(curvature.matrix.isfinite().all())
+    bounds = lower_bounds(curvature, gradient) if finite else None
+    if bounds is not None:
+        local = local_statement(geometry, bounds)
     else:
-        bounds = lower_bounds(curvature, gradient)
-        if bounds is not None:
-            local = local_statement(geometry, bounds)
-        else:
-            obstacle = not_definite(smallest_curvature(curvature.matrix))
+        obstacle = not_definite(smallest_curvature(curvature.matrix))
     return Findings(
         gradient=gradient,
         gradient_norm=dual_norm(problem, gradient, errors),
@@ -272,12 +270,17 @@ def _certificate(
         tolerance=tolerance,
         assumptions=assumptions,
         reason=reason,
-        gradient_norm=found.gradient_norm,
+        gradient_norm=_finite(found.gradient_norm),
         norm=norm,
-        loss=found.gradient.loss,
-        value=found.gradient.value,
+        loss=_finite(found.gradient.loss),
+        value=_finite(found.gradient.value),
         method=found.method,
         failure_probability=failure,
         problem_digest=digests[0],
         parameters_digest=digests[1],
     )
+
+
+def _finite(value: float) -> float:
+    """A number that overflowed is infinite, whatever it became."""
+    return value if math.isfinite(value) else math.inf
