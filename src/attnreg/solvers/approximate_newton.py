@@ -155,7 +155,7 @@ class ApproximateNewton:
         self._objective, self._settings = objective, settings
         self._run = Run(objective, settings, observe, began)
         self._generator = generator
-        self._step: Step | None = None  # of the current point
+        self._step: Step | None  # of the current point
         self._move(Point(objective, objective.features(theta)))
 
     def run(self) -> Outcome:
@@ -214,8 +214,8 @@ class ApproximateNewton:
         return taken, not taken
 
     def _move(self, point: Point) -> None:
-        self._point, self._step = point, None
-        self._norm = relative_gradient_norm(point)
+        norm = relative_gradient_norm(point)  # before: an interrupt here leaves all as it was
+        self._point, self._norm, self._step = point, norm, None
 
     def _report(
         self, phase: str, inner: int, used: Preconditioner | None, accepted: bool
