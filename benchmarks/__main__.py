@@ -11,10 +11,14 @@ import importlib
 from benchmarks.common import console
 
 NAMES = (
+    "convergence",
+    "sketch",
+    "inner_iterations",
     "product_cost",
     "tail",
-    "certificates",
     "certificate_tightness",
+    "complexity",
+    "certificates",
     "real_layer",
     "planted",
 )  # the shortest first

@@ -24,6 +24,7 @@ FACTORS = {
     aten.mm.default: (0, 1),
     aten.bmm.default: (0, 1),
     aten.addmm.default: (1, 2),
+    aten.addmm.out: (1, 2),
     aten.addmm_.default: (1, 2),
     aten.baddbmm.default: (1, 2),
     aten.baddbmm_.default: (1, 2),

@@ -25,11 +25,13 @@ START_SCALE = 0.01
 
 @dataclass(frozen=True)
 class Planted:
-    """One instance: the data, the start that every method gets, and two losses to compare with."""
+    """One instance: data, the start of every method, the planted matrices, losses."""
 
     arrays: PlantedArrays
     X0: Tensor
     Y0: Tensor
+    X: Tensor
+    Y: Tensor
     initial_loss: float
     noise_floor: float  # NOISE^2 ||prediction||_F^2, the expected loss at the planted matrices
     planted_loss: float  # the loss at the planted matrices
@@ -73,6 +75,8 @@ def planted(
         arrays=arrays,
         X0=X0,
         Y0=Y0,
+        X=X,
+        Y=Y,
         initial_loss=float(loss_of(arrays, X0, Y0)),
         noise_floor=NOISE**2 * power,
         planted_loss=float(loss_of(arrays, X, Y)),

@@ -43,7 +43,7 @@ def tail_case(seed: int, logit_std: float, seconds: float) -> dict[str, Any]:
     result = attnreg.fit(problem, init=start, tol=TOLERANCE, **bounds)
     records = [record for record in result.history if record.accepted]
     norms = [record.gradient_norm for record in records]
-    orders = [None, None, *(_order(*norms[i - 2 : i + 1]) for i in range(2, len(norms)))]
+    orders = [None, None, *(order(*norms[i - 2 : i + 1]) for i in range(2, len(norms)))]
     return {
         "seed": seed,
         "logit_std": logit_std,
@@ -67,7 +67,7 @@ def tail_case(seed: int, logit_std: float, seconds: float) -> dict[str, Any]:
     }
 
 
-def _order(first: float, second: float, third: float) -> float | None:
+def order(first: float, second: float, third: float) -> float | None:
     if not 0 < third < second < first:
         return None
     return math.log(third / second) / math.log(second / first)

@@ -1,24 +1,30 @@
 """The assembled curvature against autograd of the slow twin, and the dense solve."""
 
+import itertools
+
 import pytest
 import torch
 
+from attnreg.curvature import jacobian
 from attnreg.curvature.dense import (
     assemble_gauss_newton,
     assemble_hessian,
     assembly_cost,
 )
+from attnreg.fitting import fit
 from attnreg.linear_solve.cg import conjugate_gradients
 from attnreg.linear_solve.cholesky import DenseSolver
-from attnreg.models import Bilinear, MultiHead, attention
-from tests.cases import CASES, twin
+from attnreg.models import Bilinear, attention
+from attnreg.solvers import trust_region
+from tests.cases import CASES, MODELS, inputs, moved, planted, twin
 from tests.test_objective import point_of
-from tests.twins import normal, relative
+from tests.twins import Case, Twin, normal, relative
 
 
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("case", CASES)
-def test_assembled_matrices_are_the_twins(case):
-    t = twin(case, "bilinear")
+def test_assembled_matrices_are_the_twins(case, model):
+    t = twin(case, model)
     point = point_of(t)
     identity = torch.eye(point.theta.numel(), dtype=torch.float64)
     hessian = torch.stack([t.hessian_product(point.theta, e) for e in identity])
@@ -26,19 +32,43 @@ def test_assembled_matrices_are_the_twins(case):
     assert relative(assemble_gauss_newton(point), t.gauss_newton(point.theta)) < 1e-10
 
 
-def test_blocks_of_rows_and_an_offset_change_nothing(monkeypatch):
-    t = twin("ragged, causal, ridges", "bilinear")
+@pytest.mark.parametrize("widths", list(itertools.product((1, 2), repeat=4)))
+def test_widths_of_one(widths):
+    d_query, d_out, d_key, d_value = widths
+    data = (inputs((6, 6), d, 9 * d) for d in (d_query, d_out, d_key, d_value))
+    t = Twin(Case(*data), Bilinear())
+    point = point_of(t)
+    assert relative(assemble_gauss_newton(point), t.gauss_newton(point.theta)) < 1e-10
+
+
+@pytest.mark.parametrize("model", ["bilinear", "grouped, narrow values"])
+def test_blocks_of_rows_and_heads_change_nothing(monkeypatch, model):
+    t = twin("ragged, causal, ridges", model)
     whole = assemble_hessian(point_of(t))
     monkeypatch.setattr(attention, "BLOCK_BYTES", 200)
     monkeypatch.setattr(attention, "CACHE_BYTES", 0)
+    monkeypatch.setattr(jacobian, "_CHUNK", 300)
     assert relative(assemble_hessian(point_of(t)), whole) < 1e-12
 
 
-def test_only_moving_queries_can_be_assembled():
-    problem = twin("batch", "bilinear").case.problem()
-    assert Bilinear().layout(problem).only_queries_move
-    assert not MultiHead(1, 1, 3, bias=False).layout(problem).only_queries_move
-    assert assembly_cost(point_of(twin("batch", "bilinear"))) > 0
+@pytest.mark.parametrize("model", ["bilinear", "heads 2"])
+def test_a_fit_that_assembles_ends_where_products_end(monkeypatch, model):
+    case, parameters = planted(MODELS[model], noise=0.1)
+    init = moved(parameters, 0.1, 3)
+    dense = fit(case.problem(), MODELS[model], init=init)
+    assert all(record.inner_iterations == 0 for record in dense.history)
+    monkeypatch.setattr(trust_region, "MAX_DENSE_SIZE", 0)
+    products = fit(case.problem(), MODELS[model], init=init)
+    assert any(record.inner_iterations > 0 for record in products.history)
+    assert dense.converged
+    assert products.converged
+    # Both within 1e-8 of a gradient of zero: the losses differ by its square over the curvature.
+    assert dense.loss == pytest.approx(products.loss, rel=1e-10)
+
+
+def test_long_rows_of_many_parameters_are_not_worth_assembling():
+    small, large = twin("batch", "bilinear"), twin("batch", "grouped, narrow values")
+    assert 0 < assembly_cost(point_of(small)) < assembly_cost(point_of(large))
 
 
 def positive(size, seed=0):

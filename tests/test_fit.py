@@ -282,7 +282,7 @@ def test_interrupt_from_the_callback(at):
 
 
 @pytest.mark.parametrize(
-    "place", ["conjugate_gradients", "natural_metric", "gauss_newton_estimate"]
+    "place", ["conjugate_gradients", "relative_gradient_norm", "gauss_newton_estimate"]
 )
 def test_interrupt_anywhere_gives_a_consistent_result(monkeypatch, place):
     calls = itertools.count()

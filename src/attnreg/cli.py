@@ -8,7 +8,6 @@ standard error.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -18,23 +17,20 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from attnreg import __version__
-from attnreg.arrays import dtype_name
 from attnreg.certificate import Certificate, Kind, verify
-from attnreg.fitting import fit
+from attnreg.fitting import SOLVERS, fit
 from attnreg.masks import and_causal
 from attnreg.models import Bilinear, Model, MultiHead
 from attnreg.problem import AttentionProblem
 from attnreg.result import FitResult
 from attnreg.storage import read_tensors, write_tensors
+from attnreg.summaries import describe, fit_summary, problem_summary, show
 
 BAD_INPUT, NOT_CONVERGED, NOT_CERTIFIED, INTERRUPTED = 2, 3, 3, 130
-HISTORY_COLUMNS = ("iteration", "loss", "gradient_norm", "phase", "accepted")
+HISTORY_COLUMNS = ("iteration", "loss", "gradient_norm", "phase", "rows", "accepted")
 
 app = typer.Typer(
     help="Attention regression: fit softmax(scale A1 X A2^T + mask) A3 Y, or a multi-head layer, "
@@ -85,6 +81,7 @@ Center = Annotated[
 Tol = Annotated[float, typer.Option(help="Bound on the gradient, relative to the targets.")]
 MaxSeconds = Annotated[float | None, typer.Option(help="Stop after this many seconds.")]
 MaxIterations = Annotated[int, typer.Option(help="Stop after this many iterations.")]
+SolverName = Annotated[str, typer.Option("--solver", metavar="NAME", help=f"{', '.join(SOLVERS)}.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of start and samples.")]
 ProblemFile = Annotated[
     Path,
@@ -108,6 +105,10 @@ CertificateOut = Annotated[
 Rigorous = Annotated[
     bool,
     typer.Option("--rigorous", help="Ball arithmetic, for small problems: no rounding is assumed."),
+]
+Certify = Annotated[
+    bool,
+    typer.Option("--certify", help="Go on until the certified gap, relative, is within --tol."),
 ]
 Tolerance = Annotated[float, typer.Option(help="Bound on the gradient for STATIONARY, relative.")]
 Version = Annotated[
@@ -134,10 +135,12 @@ def fit_command(
     causal: Causal = False,
     init: Init = None,
     center: Center = None,
+    solver: SolverName = SOLVERS[0],
     tol: Tol = 1e-8,
     max_seconds: MaxSeconds = None,
     max_iterations: MaxIterations = 500,
     seed: Seed = 0,
+    certify: Certify = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -163,18 +166,20 @@ def fit_command(
         result = fit(
             problem,
             model,
+            solver=solver,
             init=start,
             tol=tol,
             max_iterations=max_iterations,
             max_seconds=max_seconds,
             seed=seed,
+            certify=certify,
             progress=sys.stderr.isatty() and not quiet,
         )
     except KeyboardInterrupt:
         _stop("interrupted before the first iteration; nothing was saved", INTERRUPTED)
     result.save(out)
-    summary = _fit_summary(result) | {"notes": [*notes, *result.notes], "out": str(out)}
-    _show(summary, as_json=as_json, quiet=quiet)
+    summary = fit_summary(result) | {"notes": [*notes, *result.notes], "out": str(out)}
+    show(summary, as_json=as_json, quiet=quiet)
     sys.exit(0 if result.converged else NOT_CONVERGED)
 
 
@@ -218,7 +223,7 @@ def verify_command(
     summary = found.as_dict() | {"checked": None if given is None else str(certificate)}
     if problem.digest() != result.problem_digest:
         summary["note"] = "the fit was made on another problem or with other settings"
-    _show(summary, as_json=as_json)
+    show(summary, as_json=as_json)
     sys.exit(0 if found.kind.implies(require) else NOT_CERTIFIED)
 
 
@@ -245,7 +250,7 @@ def predict_command(
         else {f"prediction.{i}": part for i, part in enumerate(prediction)}
     )
     write_tensors(out, tensors, {"kind": "prediction", "notes": notes})
-    _show({"out": str(out), "tensors": _describe(tensors), "notes": notes}, as_json=as_json)
+    show({"out": str(out), "tensors": describe(tensors), "notes": notes}, as_json=as_json)
 
 
 @app.command("info")
@@ -255,17 +260,17 @@ def info_command(file: AnyFile, as_json: Json = False) -> None:
     kind = metadata.get("kind", "tensors")
     summary: dict[str, Any] = {"kind": kind}
     if kind == "problem":
-        summary |= _problem_summary(AttentionProblem.load(file))
+        summary |= problem_summary(AttentionProblem.load(file))
     elif kind == "fit":
         result = FitResult.load(file)
-        summary |= _fit_summary(result) | {"notes": list(result.notes)}
+        summary |= fit_summary(result) | {"notes": list(result.notes)}
         summary |= {name: getattr(result, name) for name in ("tol", "scale", "problem_digest")}
         summary["history"] = [
             {name: getattr(record, name) for name in HISTORY_COLUMNS}
             for record in result.history[-5:]
         ]
-    summary |= {"tensors": _describe(tensors), "digest": metadata.get("digest")}
-    _show(summary, as_json=as_json)
+    summary |= {"tensors": describe(tensors), "digest": metadata.get("digest")}
+    show(summary, as_json=as_json)
 
 
 @app.command("demo")
@@ -382,75 +387,6 @@ def _predict(result: FitResult, path: Path, causal: bool) -> tuple[Prediction, l
         return result.predict(problem), []
     note = f"the fit's scale {result.scale} was used, not the inputs' {problem.scale}"
     return result.predict(problem.replace(scale=result.scale)), [note] if metadata else []
-
-
-# -- showing
-
-
-def _fit_summary(result: FitResult) -> dict[str, Any]:
-    errors = ("loss", "regularised_loss", "relative_error", "gradient_norm")
-    last = result.history[-1] if result.history else None
-    return {
-        "model": repr(result.model),
-        "status": result.status.value,
-        "status_text": result.status.text,
-        "converged": result.converged,
-        **{name: getattr(result, name) for name in errors},
-        "iterations": last.iteration if last else 0,
-        "passes": last.passes if last else 0,
-        "seconds": last.seconds if last else 0.0,
-        "seed": result.seed,
-    }
-
-
-def _problem_summary(problem: AttentionProblem) -> dict[str, Any]:
-    mask = problem.mask
-    masks = ["causal"] if problem.causal else []
-    masks += [] if mask is None or isinstance(mask, str) else ["given"]
-    queries, keys = ([*sizes] for sizes in zip(*problem.lengths, strict=True))
-    sizes = ("n_sequences", "n_rows", "d_query", "d_key", "d_value", "d_out")
-    settings = ("structure", "self_attention", "total_weight", "scale", "ridge_x", "ridge_y")
-    summary = {name: getattr(problem, name) for name in sizes}
-    summary |= {"queries": [min(queries), max(queries)], "keys": [min(keys), max(keys)]}
-    summary |= {name: getattr(problem, name) for name in settings}
-    summary |= {"dtype": dtype_name(problem.dtype), "mask": masks}
-    return summary | {"center": list(problem.center)}
-
-
-def _describe(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    return {
-        name: f"{dtype_name(value.dtype)} {' x '.join(map(str, value.shape)) or 'number'}"
-        for name, value in tensors.items()
-    }
-
-
-def _show(summary: Mapping[str, Any], *, as_json: bool, quiet: bool = False) -> None:
-    if as_json:
-        typer.echo(json.dumps(summary, indent=2, allow_nan=False))
-    elif not quiet:
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="bold", no_wrap=True)
-        grid.add_column(overflow="fold")
-        for name, value in summary.items():
-            grid.add_row(Text(name.replace("_", " ")), _cell(value))
-        Console().print(grid)
-
-
-def _cell(value: Any) -> Text | Table:
-    """One value of a summary as rich shows it; names and paths are never read as markup."""
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        table = Table(*(name.replace("_", " ") for name in value[0]), box=None, pad_edge=False)
-        for row in value:
-            table.add_row(*map(_cell, row.values()))
-        return table
-    if isinstance(value, Mapping):
-        return Text("\n".join(f"{name}  {item}" for name, item in value.items()) or "none")
-    if isinstance(value, list):
-        numbers = bool(value) and all(isinstance(item, int) for item in value)
-        return Text((" to " if numbers else "\n").join(map(str, value)) or "none")
-    if value is None or isinstance(value, bool):
-        return Text({None: "none", True: "yes", False: "no"}[value])
-    return Text(f"{value:.6g}" if isinstance(value, float) else str(value))
 
 
 def _stop(message: str, code: int) -> NoReturn:

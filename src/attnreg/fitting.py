@@ -9,14 +9,25 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from attnreg.certificate import Certificate, verify
 from attnreg.models import Bilinear, Model
-from attnreg.objective import Objective
+from attnreg.objective import Objective, Point
 from attnreg.problem import AttentionProblem
 from attnreg.progress import ProgressDisplay
-from attnreg.records import IterationRecord
+from attnreg.records import IterationRecord, Status
 from attnreg.result import FitResult
-from attnreg.solvers.path import stages_for
-from attnreg.solvers.trust_region import Outcome, Settings, TrustRegion
+from attnreg.solvers.approximate_newton import MAX_DENSE_SIZE, ApproximateNewton
+from attnreg.solvers.path import WARM, stages_for
+from attnreg.solvers.run import Outcome, Settings
+from attnreg.solvers.trust_region import TrustRegion
+
+SOLVERS = ("trust-region", "newton-sketch", "newton-cg")
+FIRST_CERTIFIED = 1e-9
+"""Bound on the gradient at which a certificate is tried first: a larger gradient seldom gets one,
+and a Newton step more costs less than a certificate."""
+
+CUT_SHORT = (Status.MAX_SECONDS, Status.INTERRUPTED, Status.STOPPED)
+"""Who wants to stop now is not made to wait for a certificate."""
 
 Callback = Callable[[IterationRecord], bool | None]
 
@@ -25,11 +36,13 @@ def fit(
     problem: AttentionProblem,
     model: Model | None = None,
     *,
+    solver: str = "trust-region",
     init: Mapping[str, Tensor] | FitResult | None = None,
     tol: float = 1e-8,
     max_iterations: int = 500,
     max_seconds: float | None = None,
     seed: int = 0,
+    certify: bool = False,
     progress: bool = False,
     callback: Callback | None = None,
 ) -> FitResult:
@@ -38,6 +51,10 @@ def fit(
     Args:
         problem: Inputs, outputs, mask, weights, scale and ridges.
         model: What is fitted; default :class:`Bilinear`.
+        solver: ``"trust-region"``, for every problem; ``"newton-sketch"``, the paper's algorithm
+            with sampled query rows; ``"newton-cg"``, the same by conjugate gradients in the
+            natural metric. The last two are for :class:`Bilinear` with both ridges, and descend
+            from the start with constant forcing: no path and no other starts.
         init: Named parameters to start from, or a result to continue. A start whose readout
             (``Y``, or ``W_O`` and ``b_O``) is zero is led in by the regularisation path; for
             :class:`Bilinear` other starts are tried too, and the loss may rise between them. The
@@ -47,8 +64,12 @@ def fit(
         max_iterations: Bound on the iterations, rejected steps included.
         max_seconds: Bound on the wall time, checked after every product; the step in hand is
             still tried.
-        seed: Seed of the start without ``init`` and of the preconditioner's samples; the same
+        seed: Seed of the start without ``init`` and of all samples of the solver; the same
             seed gives the same fit on the same machine with the same number of threads.
+        certify: Whether ``tol`` is the certified gap instead: the fit goes on, with ever smaller
+            gradients, until :func:`attnreg.verify` bounds the regularised value less that at the
+            minimiser by ``tol * ||B - mean||_F^2``. For :class:`Bilinear`; the result has the
+            certificate, and a note where it is not strong enough.
         progress: Whether a live display is shown on the terminal.
         callback: Called with every :class:`IterationRecord`; a true answer stops the fit.
 
@@ -56,11 +77,19 @@ def fit(
         The result. Ctrl-C returns the best iterate so far with its status.
 
     Raises:
-        ValueError: If an argument is out of range, or ``init`` does not fit the model.
+        ValueError: If an argument is out of range, ``init`` does not fit the model, or the solver
+            is not for this problem.
     """
     began = time.perf_counter()
     model = Bilinear() if model is None else model
     _check_bounds(tol, max_iterations, max_seconds)
+    check_solver(solver, problem, model)
+    if certify and not isinstance(model, Bilinear):
+        raise ValueError(
+            f"certify=True needs a bound on the gap, which there is for Bilinear only, and "
+            f"{type(model).__name__} was given: fit without it and call verify(), which says "
+            "whether the point is stationary"
+        )
     if isinstance(init, FitResult):
         if init.model != model:
             raise ValueError(
@@ -70,7 +99,10 @@ def fit(
     template = model.start(problem, seed) if init is None else dict(init)
     theta, readout = model.split(problem, template)
     history: list[IterationRecord] = []
-    with ProgressDisplay(problem, tol, max_seconds, enabled=progress) as display:
+    certifier = Certifier(problem, model, template, tol) if certify else None
+    bound = min(tol, FIRST_CERTIFIED) if certify else tol
+    confirm = None if certifier is None else certifier.confirms
+    with ProgressDisplay(problem, bound, max_seconds, enabled=progress) as display:
 
         def observe(record: IterationRecord) -> bool | None:
             history.append(record)
@@ -78,9 +110,22 @@ def fit(
             return callback(record) if callback is not None else None
 
         objective = Objective(problem, model)
-        settings = Settings(tol, max_iterations, max_seconds, stages_for(readout))
         generator = torch.Generator().manual_seed(seed)
-        outcome = TrustRegion(objective, theta, settings, generator, observe, began).run()
+        stages = stages_for(readout) if solver == "trust-region" else WARM
+        settings = Settings(bound, max_iterations, max_seconds, stages, confirm)
+        if solver == "trust-region":
+            outcome = TrustRegion(objective, theta, settings, generator, observe, began).run()
+        else:
+            source = generator if solver == "newton-sketch" else None
+            loop = ApproximateNewton(objective, theta, settings, observe, began, source)
+            outcome = loop.run()
+        status, notes, certificate = outcome.status, _notes(objective, outcome), None
+        if certifier is not None and status not in CUT_SHORT:
+            confirmed, certificate = certifier.confirms(outcome.point), certifier.certificate
+            status = Status.CERTIFIED if confirmed else status
+        if certifier is not None and status is not Status.CERTIFIED:
+            why = "the fit was cut short" if certificate is None else certificate.reason
+            notes += (f"the gap is not certified: {why}",)
     point = outcome.point
     return FitResult(
         parameters=model.join(problem, point.theta, point.readout, template),
@@ -90,14 +135,74 @@ def fit(
         relative_error=problem.relative_error(point.loss),
         gradient_norm=outcome.gradient_norm,
         tol=tol,
-        status=outcome.status,
+        status=status,
         history=tuple(history),
-        notes=_notes(objective, outcome),
+        notes=notes,
         seed=seed,
         scale=problem.scale,
         causal=problem.causal,
         problem_digest=problem.digest(),
+        certificate=certificate,
+        solver=solver,
     )
+
+
+class Certifier:
+    """Certificates of the points of a fit, the last one kept.
+
+    Args:
+        problem: The problem.
+        model: The bilinear model.
+        template: As in ``Model.join``.
+        tol: Bound on the gap over ``||B - mean||_F^2``.
+    """
+
+    def __init__(
+        self, problem: AttentionProblem, model: Model, template: Mapping[str, Tensor], tol: float
+    ) -> None:
+        self._problem, self._model, self._template = problem, model, template
+        self._bound = tol * (problem.target_norm_squared or 1.0)
+        self._point: Point | None = None
+        self.certificate: Certificate | None = None
+
+    def confirms(self, point: Point) -> bool:
+        """Whether the certified gap at a point is within the tolerance."""
+        if point is not self._point:
+            named = self._model.join(self._problem, point.theta, point.readout, self._template)
+            self.certificate = verify(self._problem, named["X"], named["Y"])
+            self._point = point
+        assert self.certificate is not None
+        gap = self.certificate.gap
+        return self.certificate.certified and gap is not None and gap <= self._bound
+
+
+def check_solver(solver: str, problem: AttentionProblem, model: Model) -> None:
+    """Whether a solver is for a problem and a model.
+
+    Raises:
+        ValueError: If it is not, or there is none of this name.
+    """
+    if solver not in SOLVERS:
+        names = ", ".join(map(repr, SOLVERS))
+        raise ValueError(f"solver={solver!r} was given, one of {names} is expected")
+    if solver == "trust-region":
+        return
+    if not isinstance(model, Bilinear):
+        raise ValueError(
+            f"solver={solver!r} fits the bilinear model, {type(model).__name__} was given: "
+            "use solver='trust-region'"
+        )
+    if problem.ridge_x == 0.0 or problem.ridge_y == 0.0:
+        raise ValueError(
+            f"solver={solver!r} needs ridge_x and ridge_y above 0, ridge_x={problem.ridge_x:g} and "
+            f"ridge_y={problem.ridge_y:g} were given: set both, or use solver='trust-region'"
+        )
+    size = problem.d_query * problem.d_key
+    if solver == "newton-sketch" and size > MAX_DENSE_SIZE:
+        raise ValueError(
+            f"solver='newton-sketch' forms a matrix with a row for each entry of X and takes at "
+            f"most {MAX_DENSE_SIZE}, X has {size}: use solver='newton-cg'"
+        )
 
 
 def _check_bounds(tol: float, max_iterations: int, max_seconds: float | None) -> None:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from attnreg.kronecker import LeftFactor, apply_right, split_blocks
 from attnreg.models import Features, Model
+from attnreg.operations import Operations, product
 from attnreg.problem import AttentionProblem
 from attnreg.readout import NormalEquations
 
@@ -46,6 +47,7 @@ class Objective:
         weights: ``(rows, 1)``, or None where every row has weight 1.
         left: Mean second moments of the inputs of the parameter blocks, decomposed.
         target_norm_squared: ``||B - mean||_F^2``; 1 where that is 0.
+        operations: Operations of everything done with this objective.
     """
 
     def __init__(self, problem: AttentionProblem, model: Model) -> None:
@@ -57,6 +59,7 @@ class Objective:
         weights = torch.cat([batch.weights.flatten() for batch in problem.batches])[:, None]
         self.weights = None if bool((weights == 1).all()) else weights
         self.target_norm_squared = problem.target_norm_squared or 1.0
+        self.operations = Operations()
         self._points: list[Features] = []
         self._passes = 0
 
@@ -71,7 +74,7 @@ class Objective:
 
     def features(self, theta: Tensor) -> Features:
         """Features at ``theta``, one attention pass."""
-        features = Features(self.problem, self.model, theta)
+        features = Features(self.problem, self.model, theta, operations=self.operations)
         # Only the last two can still be in use: the current point and a trial.
         while len(self._points) > 1:
             self._passes += self._points.pop(0).passes
@@ -112,6 +115,9 @@ class Point:
         center = None if ridge is None else ridge.readout_center
         self.readout, self.residual = self._normal.solve(objective.targets, center)
         self.rank = self._normal.rank
+        spent = objective.operations
+        spent.projections += self._normal.spent_on_rows
+        spent.small += self._normal.spent_on_columns
         self.coupling = self.readout[:width]  # O_F
         self.loss = _weighted_square(self.residual, objective.weights)
         self.value = self.loss + self._ridge_value() + damping * _square(self.coupling)
@@ -121,6 +127,7 @@ class Point:
     @cached_property
     def cotangent(self) -> Tensor:
         """``W r O_F^T``, ``(rows, features)``: half the gradient by the features."""
+        self._spend(self.coupling.shape[1])
         return self.objective.weighted(self.residual) @ self.coupling.mT
 
     @cached_property
@@ -136,6 +143,9 @@ class Point:
     def gauss_newton(self, direction: Tensor) -> Tensor:
         """Product of the reduced Gauss-Newton matrix with a flat direction."""
         change = self.features.jvp(direction)  # dF
+        k, width = self.readout.shape[0], change.shape[1]
+        self._spend(2 * k + width)
+        self._spend_on_mixing()
         slope = self._left.mT @ change
         readout_change = self._normal.apply_inverse(slope @ self.coupling).neg_()
         cotangent = self.features.both @ self._mixing(readout_change)
@@ -144,6 +154,9 @@ class Point:
     def hessian(self, direction: Tensor) -> Tensor:
         """Product of the reduced exact Hessian with a flat direction."""
         change = self.features.jvp(direction)
+        k, width = self.readout.shape[0], change.shape[1]
+        self._spend(2 * (k + self.coupling.shape[1]) + width)
+        self._spend_on_mixing()
         slope = (self._left.mT @ change) @ self.coupling
         weighted_residual = self.objective.weighted(self.residual)
         slope[: change.shape[1]] += change.mT @ weighted_residual
@@ -162,11 +175,18 @@ class Point:
         Returns:
             ``(rows, d_out)``.
         """
+        spent, k = self.objective.operations, self.readout.shape[0]
+        spent.projections += 4 * rows.numel() * k
+        spent.small += product(k, k, rows.shape[1])
         return rows - self._left @ self._normal.apply_inverse(self.features.columns.mT @ rows)
 
     def apply_readout_inverse(self, matrix: Tensor) -> Tensor:
         """``M^{-1} matrix`` with the readout's normal matrix ``M``."""
         return self._normal.apply_inverse(matrix)
+
+    def readout_inverse_of(self, gram: Tensor) -> Tensor:
+        """``M^{-1}`` with ``gram`` in place of ``F^T W F``: float64 ``(k, k)``, overwritten."""
+        return self._normal.inverse_of(gram)
 
     @property
     def regularised(self) -> float:
@@ -174,6 +194,17 @@ class Point:
         return self.value - self.damping * _square(self.coupling)
 
     # ------------------------------------------------------------------ pieces
+
+    def _spend(self, widths: int) -> None:
+        """Counts products of matrices of the features' shape with ``widths`` columns in all."""
+        rows, width = self.objective.targets.shape[0], self.coupling.shape[0]
+        self.objective.operations.projections += product(rows, width, widths)
+
+    def _spend_on_mixing(self) -> None:
+        """Counts the products of a second-order product that no row enters."""
+        (width, out), k = self.coupling.shape, self.readout.shape[0]
+        inner = product(k, width, out) + product(k, k, out) + product(k + width, out, width)
+        self.objective.operations.small += inner
 
     def _mixing(self, readout_change: Tensor) -> Tensor:
         """Maps ``[F 1 | dF]`` to ``(dF O_F + F dO) O_F^T`` in one product."""
@@ -197,6 +228,10 @@ class Point:
         for left, right, matrix, target in zip(
             objective.left, ridge.right, matrices, targets, strict=True
         ):
+            spent = product(matrix.shape[0], matrix.shape[0], matrix.shape[1])
+            objective.operations.small += spent + product(
+                matrix.shape[0], matrix.shape[1], right.shape[-1]
+            )
             target.add_(apply_right(left.matrix @ matrix, right.to(matrix.dtype)), alpha=2.0)
 
     def _ridge_value(self) -> float:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attnreg.operations import product
+
 _CHUNK = 1 << 16
 
 
@@ -27,6 +29,8 @@ class NormalEquations:
 
     Attributes:
         rank: Numerical rank of ``M``.
+        spent_on_rows: Operations of products in which the rows take part.
+        spent_on_columns: Operations of the others.
     """
 
     def __init__(
@@ -34,17 +38,25 @@ class NormalEquations:
     ) -> None:
         self._left, self._columns, self._ridge = left, columns, ridge
         self._damping, self._damped = damping, damped
-        matrix = gram64(left, columns)
-        if ridge is not None:
-            matrix += ridge
-        matrix.diagonal()[:damped] += damping
-        inverse, self.rank = scaled_inverse(matrix, columns.dtype)
+        inverse, self.rank = self._inverted(gram64(left, columns))
+        rows, k = columns.shape
+        self.spent_on_rows, self.spent_on_columns = product(k, rows, k), 0
         self._inverse64 = inverse
         self._inverse = inverse.to(columns.dtype)
 
     def apply_inverse(self, matrix: Tensor) -> Tensor:
         """``M^{-1} matrix`` (on the directions kept)."""
         return self._inverse @ matrix
+
+    def inverse_of(self, gram: Tensor) -> Tensor:
+        """The inverse with ``gram`` in place of ``F^T W F``: float64 ``(k, k)``, overwritten."""
+        return self._inverted(gram)[0].to(self._columns.dtype)
+
+    def _inverted(self, gram: Tensor) -> tuple[Tensor, int]:
+        if self._ridge is not None:
+            gram += self._ridge
+        gram.diagonal()[: self._damped] += self._damping
+        return scaled_inverse(gram, self._columns.dtype)
 
     def solve(self, targets: Tensor, center: Tensor | None) -> tuple[Tensor, Tensor]:
         """Readout and residual ``F O - B``.
@@ -56,6 +68,11 @@ class NormalEquations:
             ``O`` ``(k, d_out)`` and the residual ``(rows, d_out)``.
         """
         right = gram64(self._left, targets)
+        rows, k = self._columns.shape
+        steps = 2 if self._columns.dtype == torch.float64 else 1
+        self.spent_on_rows += 2 * steps * product(rows, k, targets.shape[1])
+        solves = steps * (1 if center is None or self._ridge is None else 2)
+        self.spent_on_columns += solves * product(k, k, targets.shape[1])
         if center is not None and self._ridge is not None:
             right += self._ridge @ center.double()
         readout = (self._inverse64 @ right).to(self._columns.dtype)
@@ -78,7 +95,8 @@ def gram64(left: Tensor, right: Tensor) -> Tensor:
         return left.mT @ right
     result = torch.zeros((left.shape[1], right.shape[1]), dtype=torch.float64, device=left.device)
     for i in range(0, left.shape[0], _CHUNK):
-        result.addmm_(left[i : i + _CHUNK].double().mT, right[i : i + _CHUNK].double())
+        part = left[i : i + _CHUNK].double()
+        result.addmm_(part.mT, part if right is left else right[i : i + _CHUNK].double())
     return result
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 class Status(enum.Enum):
     """Why a fit ended. ``text`` says the cause and what to try."""
 
     CONVERGED = "converged"
+    CERTIFIED = "certified"
     MAX_ITERATIONS = "max_iterations"
     MAX_SECONDS = "max_seconds"
     STALLED = "stalled"
@@ -24,6 +26,7 @@ class Status(enum.Enum):
 
 _TEXTS = {
     Status.CONVERGED: "the dual norm of the reduced gradient is within the tolerance",
+    Status.CERTIFIED: "a certificate bounds the gap to the minimiser by the tolerance",
     Status.MAX_ITERATIONS: (
         "the iteration limit was reached before the tolerance: raise max_iterations and continue "
         "with init=result, or loosen tol"
@@ -61,6 +64,11 @@ class IterationRecord:
             path's beginning; the loss may rise), ``"best"`` (back to the best point left), or
             the curvature of the step: ``"gauss-newton"`` or ``"newton"``.
         accepted: Whether the step was taken.
+        operations: Floating-point operations since the fit began, by kind (see
+            :mod:`attnreg.operations`); empty in files of older versions.
+        rows_sampled: Query rows that entered the sketch of the curvature; None: there was none, all
+            rows counted.
+        rows_available: Those that could have.
     """
 
     iteration: int
@@ -74,3 +82,13 @@ class IterationRecord:
     passes: int
     phase: str
     accepted: bool
+    operations: Mapping[str, int] = field(default_factory=dict)
+    rows_sampled: int | None = None
+    rows_available: int | None = None
+
+    @property
+    def rows(self) -> str:
+        """``"204 of 2048"``, or ``"exact"`` where the curvature is not a sketch."""
+        if self.rows_sampled is None:
+            return "exact"
+        return f"{self.rows_sampled} of {self.rows_available}"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnreg.certificate import Certificate
 from attnreg.masks import and_causal
 from attnreg.models import Bilinear, Features, Model, MultiHead
 from attnreg.problem import AttentionProblem
@@ -37,6 +38,8 @@ class FitResult:
         scale: Logit scale of the problem (None: the model's own).
         causal: Whether query ``i`` saw keys 0 to ``i`` only.
         problem_digest: Digest of the problem that was solved.
+        certificate: What was proven of the point, where ``fit`` was asked to.
+        solver: Name of the solver that found it.
     """
 
     parameters: Mapping[str, Tensor]
@@ -53,11 +56,13 @@ class FitResult:
     scale: float | None
     causal: bool
     problem_digest: str
+    certificate: Certificate | None = None
+    solver: str = "trust-region"
 
     @property
     def converged(self) -> bool:
         """Whether the stopping test was met."""
-        return self.status is Status.CONVERGED
+        return self.status in (Status.CONVERGED, Status.CERTIFIED)
 
     @property
     def X(self) -> Tensor:
@@ -119,8 +124,9 @@ class FitResult:
             "status": self.status.value,
             "history": [asdict(record) for record in self.history],
             "notes": list(self.notes),
+            "certificate": None if self.certificate is None else self.certificate.as_dict(),
         }
-        metadata |= {name: getattr(self, name) for name in _PLAIN}
+        metadata |= {name: getattr(self, name) for name in (*_PLAIN, "solver")}
         tensors = {name: value.cpu().contiguous() for name, value in self.parameters.items()}
         write_tensors(path, tensors, metadata)
 
@@ -140,12 +146,15 @@ class FitResult:
             raise ValueError(f"{path} holds {kind!r}, a fit is expected: pass a file of save()")
         sizes = dict(metadata["model"])
         model = _MODELS[sizes.pop("name")](**sizes)
+        certificate = metadata.get("certificate")
         return FitResult(
             parameters=tensors,
             model=model,
             status=Status(metadata["status"]),
             history=tuple(IterationRecord(**record) for record in metadata["history"]),
             notes=tuple(metadata["notes"]),
+            certificate=None if certificate is None else Certificate.of_dict(certificate),
+            solver=metadata.get("solver", "trust-region"),
             **{name: metadata[name] for name in _PLAIN},
         )
 

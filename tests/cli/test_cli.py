@@ -81,6 +81,20 @@ def test_options_override_the_file(run, problem):
     assert FitResult.load("fit.safetensors").problem_digest == expected.digest()
 
 
+@pytest.mark.parametrize("solver", ["newton-sketch", "newton-cg"])
+def test_solvers_by_name(run, problem, solver):
+    ridges = ("--ridge-x", 0.5, "--ridge-y", 0.5)
+    code, out, err = run(*FIT, "--solver", solver, *ridges, "--json")
+    assert (code, err) == (0, "")
+    summary, result = json.loads(out), FitResult.load("fit.safetensors")
+    assert summary["solver"] == result.solver == solver
+    assert summary["operations"] == result.history[-1].operations
+    assert summary["operations"]["attention"] > 0
+    assert summary["inner_iterations"] > 0
+    table = json.loads(run("info", "fit.safetensors", "--json")[1])["history"]
+    assert table[-1]["rows"] == result.history[-1].rows
+
+
 def test_settings_of_the_file_stay(run, folder):
     value = planted(scale=0.5, ridge_x=1e-3, ridge_y=1e-3, mask="causal")
     value.save("problem.safetensors")

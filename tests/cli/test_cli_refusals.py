@@ -149,3 +149,8 @@ def test_usage_errors(run, arguments):
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
     assert "Usage: attnreg" in err
+
+
+def test_a_solver_that_is_not_for_the_problem(refused, problem):
+    assert "solver='newton' was given" in refused(*FIT, "--solver", "newton")
+    assert "needs ridge_x and ridge_y above 0" in refused(*FIT, "--solver", "newton-cg")

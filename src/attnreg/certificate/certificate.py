@@ -164,9 +164,27 @@ class Certificate:
                 "with; make the certificate again"
             )
         try:
+            return Certificate.of_dict(content)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    @staticmethod
+    def of_dict(content: Mapping[str, Any]) -> Certificate:
+        """Undoes :meth:`as_dict`.
+
+        Args:
+            content: Values by name.
+
+        Returns:
+            The certificate.
+
+        Raises:
+            ValueError: If an entry is missing, unknown or of another type.
+        """
+        try:
             return _parsed(content)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{name} is no complete certificate: {error}") from error
+            raise ValueError(f"no complete certificate: {error}") from error
 
 
 def parameters_digest(parameters: Mapping[str, Tensor], model: str) -> str:

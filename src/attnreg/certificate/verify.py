@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,9 +26,8 @@ from attnreg.certificate.local import local_statement
 from attnreg.certificate.multihead import layer_certificate
 from attnreg.certificate.rigorous import ENCLOSED, rigorous_findings
 from attnreg.certificate.spectrum import lower_bounds, smallest_curvature
-from attnreg.models import Bilinear
+from attnreg.models import Bilinear, Model
 from attnreg.problem import AttentionProblem
-from attnreg.result import FitResult
 
 MAX_DENSE = 4096
 """Largest number of parameters for which the joint Hessian is formed."""
@@ -39,9 +39,22 @@ DOUBLED = (
 )
 
 
+@runtime_checkable
+class Fitted(Protocol):
+    """A model with its parameters, such as the result of a fit."""
+
+    @property
+    def model(self) -> Model:
+        """What was fitted."""
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Named tensors."""
+
+
 def verify(
     problem: AttentionProblem,
-    X: Tensor | FitResult,
+    X: Tensor | Fitted,
     Y: Tensor | None = None,
     *,
     tolerance: float = 1e-8,
@@ -77,7 +90,7 @@ def verify(
             "expected"
         )
     parameters = _parameters(X, Y)
-    model = X.model if isinstance(X, FitResult) else Bilinear()
+    model = X.model if isinstance(X, Fitted) else Bilinear()
     digests = (problem.digest(), parameters_digest(parameters, repr(model)))
     if not isinstance(model, Bilinear):
         if rigorous:
@@ -101,8 +114,8 @@ def verify(
     return _certificate(problem, found, assumptions, (tolerance, failure), digests)
 
 
-def _parameters(X: Tensor | FitResult, Y: Tensor | None) -> Mapping[str, Tensor]:
-    if not isinstance(X, FitResult):
+def _parameters(X: Tensor | Fitted, Y: Tensor | None) -> Mapping[str, Tensor]:
+    if not isinstance(X, Fitted):
         if Y is None:
             raise ValueError("X was given without Y; give both, or the result of a fit")
         return {"X": torch.as_tensor(X), "Y": torch.as_tensor(Y)}

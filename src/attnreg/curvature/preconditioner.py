@@ -32,7 +32,7 @@ class BlockSolver:
     """
 
     def __init__(self, objective: Objective, right: list[Tensor] | tuple[Tensor, ...]) -> None:
-        self._blocks = objective.layout.blocks
+        self._blocks, self._operations = objective.layout.blocks, objective.operations
         pairs = zip(objective.left, right, strict=True)
         self._solvers = [KroneckerSolver.of(left, factor) for left, factor in pairs]
         traces = [float(s.values.double().sum()) for s in self._solvers]
@@ -44,6 +44,7 @@ class BlockSolver:
 
         def solve(vector: Tensor) -> Tensor:
             parts = zip(self._solvers, split_blocks(vector, self._blocks), strict=True)
+            self._operations.small += sum(solver.operations for solver in self._solvers)
             return torch.cat([solver.solve(m, shift).reshape(-1) for solver, m in parts])
 
         return solve
@@ -86,6 +87,9 @@ def gauss_newton_estimate(
         if objective.weights is not None:
             rows *= objective.weights.sqrt()
         cotangent = point.project_out(rows) @ point.coupling.mT
+        objective.operations.projections += 2 * rows.numel() * point.coupling.shape[0]
+        sizes = zip(point.features.row_counts, blocks, strict=False)
+        objective.operations.projections += sum(2 * n * b.heads * b.width**2 for n, b in sizes)
         for gradients in point.features.row_gradients(cotangent):
             for total, gradient, block in zip(right, gradients, blocks, strict=True):
                 per_head = gradient.flatten(0, 1).unflatten(1, (block.heads, -1)).transpose(0, 1)

@@ -37,6 +37,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from attnreg.operations import Operations
+
 BLOCK_BYTES = 2 << 20
 """Size of one block of the softmax matrix: measured best between 1 and 4 MiB on CPUs."""
 
@@ -58,6 +60,24 @@ class Block:
     n0: int
     n1: int
     m1: int
+
+
+@dataclass(frozen=True)
+class Comoments:
+    """Moments of some rows, see :meth:`Attention.comoments`.
+
+    Attributes:
+        block: Which rows; the leading dimensions are its sequences times its key/value heads, and
+            query heads of one key/value head times its rows.
+        mean: ``(..., q)``.
+        second: ``(..., q, p)``.
+        third: ``(..., p, p)``, or None.
+    """
+
+    block: Block
+    mean: Tensor
+    second: Tensor
+    third: Tensor | None
 
 
 def plan_blocks(
@@ -101,6 +121,7 @@ class Attention:
         causal: Whether query ``j`` sees keys ``0 ... j`` only.
         out: Where the features ``(b, n, g * r * v)`` are written.
         keep: Whether the softmax matrices are kept for the products that follow.
+        operations: Where operations are counted; None counts for this attention alone.
     """
 
     def __init__(
@@ -115,6 +136,7 @@ class Attention:
         causal: bool,
         out: Tensor,
         keep: bool,
+        operations: Operations | None = None,
     ) -> None:
         b, n, _ = queries.shape
         m = keys.shape[1]
@@ -131,6 +153,9 @@ class Attention:
         self._keys[..., :e].copy_(_by_head(keys, groups))
         shape = (b, groups, repeats, n, m)
         self.blocks = list(plan_blocks(shape, queries.element_size(), causal))
+        self._entries = sum(map(self._entries_of, self.blocks))
+        self.operations = Operations() if operations is None else operations
+        self._spend(e + self.values.shape[-1])
         self._softmax: list[Tensor] | None = [] if keep else None
         self._normalisers: list[Tensor] = []
         for block in self.blocks:
@@ -140,6 +165,8 @@ class Attention:
 
     def jvp(self, dq: Tensor, dk: Tensor | None, dv: Tensor | None, out: Tensor) -> None:
         """Writes the change of the features, ``(b, n, g * r * v)``, into ``out``."""
+        widths = self.width, self.values.shape[-1]
+        self._spend(widths[0] * (1 + (dk is not None)) + widths[1] * (1 + (dv is not None)))
         self._set_direction(dq, dk)
         dv_heads = None if dv is None else _by_head(dv, self.groups)
         for i, block in enumerate(self.blocks):
@@ -167,6 +194,9 @@ class Attention:
             ``(b, n, g * r * e)``, ``(b, m, g * e)`` or None, ``(b, m, g * v)`` or None.
         """
         e = self.width
+        self._spend(
+            (e + self.values.shape[-1]) + e * need_keys + self.values.shape[-1] * need_values
+        )
         gq, gk, gv = self._gradient_buffers(need_keys, need_values)
         for i, block in enumerate(self.blocks):
             s = self._matrix(i)
@@ -200,7 +230,8 @@ class Attention:
         Returns:
             Changes of the three gradients; None where the input is fixed.
         """
-        e = self.width
+        e, v = self.width, self.values.shape[-1]
+        self._spend(2 * (e + v) + 4 * e * (dk is not None) + 3 * v * (dv is not None))
         self._set_direction(dq, dk)
         dv_heads = None if dv is None else _by_head(dv, self.groups)
         hq, hk, hv = self._gradient_buffers(dk is not None, dv is not None)
@@ -230,53 +261,139 @@ class Attention:
             self._write(hq, block, change)
         return hq, _rows(hk), _rows(hv)
 
-    def comoments(self, cotangent: Tensor | None) -> Iterator[tuple[Block, Tensor, Tensor | None]]:
-        """Central co-moments of values and keys under the softmax of each row, block by block.
+    def comoments(
+        self, keys: Tensor, values: Tensor, cotangent: Tensor | None
+    ) -> Iterator[Comoments]:
+        """Means and central co-moments under the softmax of each row and head, block by block.
 
-        For one head only. With the softmax ``s`` of a row and its cotangent ``u``::
+        With the softmax ``s`` of a row, ``t_i = s_i <V_i - F, u>`` for its cotangent ``u``, and
+        rows ``a_i`` of ``keys`` and ``c_i`` of ``values``::
 
-            D = sum_i s_i (v_i - v_mean) (k_i - k_mean)^T
-            T = sum_i s_i <v_i - v_mean, u> (k_i - k_mean) (k_i - k_mean)^T
+            mean = sum_i s_i c_i
+            second = sum_i s_i (c_i - mean) (a_i - sum_l s_l a_l)^T
+            third = sum_i t_i (a_i - sum_l s_l a_l) (a_i - sum_l s_l a_l)^T
 
         Args:
-            cotangent: ``(b, n, v)``, or None where ``T`` is not wanted.
+            keys: ``(b, m, p)``: the core's own keys, or what they are linear in.
+            values: ``(b, m, q)``, likewise.
+            cotangent: ``(b, n, g * r * v)``, or None where the third ones are not wanted.
 
         Yields:
-            The block, ``D`` ``(sequences, rows, v, e)`` and ``T`` ``(sequences, rows, e, e)`` or
-            None.
+            The moments of some rows.
         """
-        e = self.width
-        for block, s in self._pieces(e * max(e, self.values.shape[-1])):
+        p, q = keys.shape[2], values.shape[2]
+        self._spend(p + q if cotangent is None else 2 * p + q + self.values.shape[-1])
+        more = p * q if cotangent is None else p * q + p * p
+        self.operations.comoments += 2 * self._entries * more
+        held, a, c = None, keys, values
+        for block, s in self._pieces(p * max(p, q)):
             # Moments about the mean over all keys: less is lost when the row's own mean goes.
-            keys = self._key_side(self._keys, block)[..., :e]
-            keys = keys - keys.mean(1, keepdim=True)
-            values = self._key_side(self.values, block)
-            shift = values.mean(1, keepdim=True)
-            mean = torch.bmm(s, keys)
-            products = (values - shift)[..., None] * keys[..., None, :]
-            second = torch.bmm(s, products.flatten(2)).unflatten(2, products.shape[2:])
-            features = self._read(self.features, block) - shift
-            second.sub_(features[..., None] * mean[..., None, :])
+            if held != (block.b0, block.b1, block.g0, block.g1):  # else those before serve again
+                held = (block.b0, block.b1, block.g0, block.g1)
+                every = replace(block, m1=keys.shape[1])
+                a, c = self._for_heads(keys, every), self._for_heads(values, every)
+                a, shift = a - a.mean(1, keepdim=True), c.mean(1, keepdim=True)
+                c = c - shift
+                products = (c[..., None] * a[..., None, :]).flatten(2)
+            seen = a[:, : block.m1]
+            key_mean, value_mean = torch.bmm(s, seen), torch.bmm(s, c[:, : block.m1])
+            second = torch.bmm(s, products[:, : block.m1]).unflatten(2, (q, p))
+            second.sub_(value_mean[..., None] * key_mean[..., None, :])
             third = None
             if cotangent is not None:
                 t = self._centred(self._read(cotangent, block), block).mul_(s)  # rows sum to 0
-                squares = (keys[..., None] * keys[..., None, :]).flatten(2)
-                third = torch.bmm(t, squares).unflatten(2, (e, e))
-                cross = torch.bmm(t, keys)[..., None] * mean[..., None, :]
+                squares = (seen[..., None] * seen[..., None, :]).flatten(2)
+                third = torch.bmm(t, squares).unflatten(2, (p, p))
+                cross = torch.bmm(t, seen)[..., None] * key_mean[..., None, :]
                 third.sub_(cross).sub_(cross.mT)
-            yield block, second, third
+            yield Comoments(block, value_mean.add_(shift), second, third)
 
     def _pieces(self, size: int) -> Iterator[tuple[Block, Tensor]]:
         """Blocks and softmax matrices, cut for ``size`` more numbers in each row."""
         room = max(1, BLOCK_BYTES // self.values.element_size()) * PIECE
         for i, block in enumerate(self.blocks):
-            s = self._matrix(i)
-            step = max(1, room // (s.shape[1] * size))
+            heads = block.g1 - block.g0
+            s = self._matrix(i).unflatten(0, (-1, heads))
+            step = max(1, room // (heads * s.shape[2] * size))
             for b0 in range(block.b0, block.b1, step):
                 b1 = min(block.b1, b0 + step)
-                yield replace(block, b0=b0, b1=b1), s[b0 - block.b0 : b1 - block.b0]
+                piece = s[b0 - block.b0 : b1 - block.b0].flatten(0, 1)
+                yield replace(block, b0=b0, b1=b1), piece
+
+    def _for_heads(self, rows: Tensor, block: Block) -> Tensor:
+        """The block's keys of ``(b, m, k)``, the same for each of its key/value heads."""
+        part = rows[block.b0 : block.b1, None, : block.m1]
+        return part.expand(-1, block.g1 - block.g0, -1, -1).flatten(0, 1)
+
+    def peaks(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """Largest softmax weight of each row, and the softmax mean of a number a key.
+
+        For one head only.
+
+        Args:
+            sizes: ``(b, m)``.
+
+        Returns:
+            Two tensors ``(b, n)``.
+        """
+        self._spend(1)
+        b, n, _ = self.features.shape
+        both = self.features.new_empty((b, n, 2))
+        columns = sizes[:, None, :, None]  # as heads of width 1
+        for i, block in enumerate(self.blocks):
+            s = self._matrix(i)
+            mean = torch.bmm(s, self._key_side(columns, block))
+            self._write(both, block, torch.cat([s.amax(-1, keepdim=True), mean], -1))
+        return both[..., 0], both[..., 1]
+
+    def select(self, sequence: int, rows: Tensor) -> Attention:
+        """The attention of some query rows of one sequence, as one of its own.
+
+        For one head only.
+
+        Args:
+            sequence: Position in the batch.
+            rows: Increasing positions of query rows.
+
+        Returns:
+            One sequence of ``len(rows)`` queries; its softmax matrix is not kept.
+        """
+        e, m1 = self.width, int(rows[-1]) + 1 if self.causal else self._keys.shape[2]
+        queries = self._queries[sequence, :, 0, :, e:].index_select(1, rows)
+        bias = None
+        if self.bias is not None:
+            bias = self.bias[sequence : sequence + 1] if self.bias.shape[0] > 1 else self.bias
+            bias = (bias if bias.shape[1] == 1 else bias.index_select(1, rows))[..., :m1]
+        if self.causal:
+            hidden = torch.zeros((1, len(rows), m1), dtype=queries.dtype, device=queries.device)
+            later = torch.arange(m1, device=rows.device) > rows[:, None]
+            hidden.masked_fill_(later, float("-inf"))
+            bias = hidden if bias is None else bias + hidden
+        out = queries.new_empty((1, len(rows), self.values.shape[-1]))
+        keys, values = self._keys[sequence, :, :m1, :e], self.values[sequence, :, :m1]
+        return Attention(
+            queries,
+            keys,
+            values,
+            groups=1,
+            repeats=1,
+            bias=bias,
+            causal=False,
+            out=out,
+            keep=False,
+            operations=self.operations,
+        )
 
     # ------------------------------------------------------------------ one block
+
+    def _entries_of(self, block: Block) -> int:
+        """Entries of the softmax matrix of a block."""
+        heads = (block.b1 - block.b0) * (block.g1 - block.g0) * self.repeats
+        return heads * (block.n1 - block.n0) * block.m1
+
+    def _spend(self, widths: int) -> None:
+        """Counts products of all softmax matrices with ``widths`` columns or rows in all."""
+        self.operations.attention += 2 * self._entries * widths
 
     def _forward(self, block: Block) -> None:
         z = self._logits(block)
@@ -293,6 +410,7 @@ class Attention:
         """The softmax matrix of a block, ``(heads, rows, keys)``: kept or recomputed."""
         if self._softmax is not None:
             return self._softmax[index]
+        self.operations.attention += 2 * self._entries_of(self.blocks[index]) * self.width
         return self._logits(self.blocks[index]).sub_(self._normalisers[index]).exp_()
 
     def _logits(self, block: Block) -> Tensor:

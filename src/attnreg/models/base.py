@@ -114,6 +114,10 @@ class Model(ABC):
         return self.logit_scale(problem) * (query * key) ** 0.5 or 1.0
 
     @abstractmethod
+    def query_inputs(self, problem: AttentionProblem, batch: Batch) -> Tensor:
+        """What the queries are linear in, with the logit scale: ``(b, n, rows of the block)``."""
+
+    @abstractmethod
     def project(
         self, problem: AttentionProblem, batch: Batch, theta: list[Tensor], *, change: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:

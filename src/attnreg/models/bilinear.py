@@ -59,6 +59,10 @@ class Bilinear(Model):
         """The problem's scale; 1 where it has none."""
         return 1.0 if problem.scale is None else problem.scale
 
+    def query_inputs(self, problem: AttentionProblem, batch: Batch) -> Tensor:
+        """``scale A1``."""
+        return batch.A1 * self.logit_scale(problem)
+
     def project(
         self, problem: AttentionProblem, batch: Batch, theta: list[Tensor], *, change: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -8,14 +8,57 @@ is one, and the last Jacobian product, side by side because the projection needs
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from attnreg.kronecker import split_blocks
-from attnreg.models.attention import CACHE_BYTES, Attention, Block
+from attnreg.models.attention import CACHE_BYTES, Attention, Comoments
 from attnreg.models.base import Model
-from attnreg.problem import AttentionProblem, Batch
+from attnreg.operations import Operations
+from attnreg.problem import AttentionProblem
+
+
+@dataclass(frozen=True)
+class RowMoments:
+    """Moments of ``A3`` and ``A2`` of some rows and heads (see :meth:`Attention.comoments`).
+
+    Attributes:
+        index: Positions of the rows in :attr:`Features.columns`, ``(k,)``.
+        inputs: Their rows of ``A1``, ``(k, d_query)``.
+        groups: The key/value heads.
+        mean: ``(k, groups, repeats, d_value)``.
+        second: ``(k, groups, repeats, d_value, d_key)``.
+        third: ``(k, groups, repeats, d_key, d_key)``, or None.
+    """
+
+    index: Tensor
+    inputs: Tensor
+    groups: slice
+    mean: Tensor
+    second: Tensor
+    third: Tensor | None
+
+    @staticmethod
+    def of(index: Tensor, inputs: Tensor, found: Comoments) -> RowMoments:
+        """Brings the moments of rows ``(sequences, n)`` into the order of the rows."""
+        groups = slice(found.block.g0, found.block.g1)
+        heads = (index.shape[0], groups.stop - groups.start, -1, index.shape[1])
+
+        def ordered(moments: Tensor) -> Tensor:
+            tail = moments.shape[2:]
+            moments = moments.reshape(*heads, *tail).permute(0, 3, 1, 2, *range(4, 4 + len(tail)))
+            return moments.flatten(0, 1)
+
+        return RowMoments(
+            index.flatten(),
+            inputs.flatten(0, 1),
+            groups,
+            ordered(found.mean),
+            ordered(found.second),
+            None if found.third is None else ordered(found.third),
+        )
 
 
 class Features:
@@ -26,6 +69,7 @@ class Features:
         model: What is fitted.
         theta: Flat non-linear parameters.
         products: Whether Jacobian products will follow; without them nothing is kept.
+        operations: Where operations are counted; None counts for these features alone.
 
     Attributes:
         columns: ``(rows, features [+ 1])``: ``[F 1]``; padded rows included.
@@ -36,7 +80,13 @@ class Features:
     """
 
     def __init__(
-        self, problem: AttentionProblem, model: Model, theta: Tensor, *, products: bool = True
+        self,
+        problem: AttentionProblem,
+        model: Model,
+        theta: Tensor,
+        *,
+        products: bool = True,
+        operations: Operations | None = None,
     ) -> None:
         self.problem, self.model, self.theta = problem, model, theta
         self.layout = layout = model.layout(problem)
@@ -49,6 +99,8 @@ class Features:
         if constant:
             self.columns[:, -1] = 1.0
         self.passes = 1
+        self.operations = Operations() if operations is None else operations
+        self._count_projection()
         keep = products and _softmax_bytes(problem, layout.groups * layout.repeats) <= CACHE_BYTES
         blocks = split_blocks(theta, layout.blocks)
         self._attention = []
@@ -68,6 +120,7 @@ class Features:
                 causal=batch.causal,
                 out=out,
                 keep=keep,
+                operations=self.operations,
             )
             if products:
                 self._attention.append(attention)
@@ -75,6 +128,7 @@ class Features:
     def jvp(self, direction: Tensor) -> Tensor:
         """Change of the features along a flat direction: fills and returns ``change``."""
         self.passes += 1
+        self._count_projection()
         for batch, attention, out in self._batches(self.change):
             attention.jvp(*self._inputs_change(batch, direction), out)
         return self.change
@@ -82,6 +136,7 @@ class Features:
     def vjp(self, cotangent: Tensor) -> Tensor:
         """Flat gradient for a cotangent ``(rows, features)``."""
         self.passes += 1
+        self._count_projection()
         gradient = torch.zeros_like(self.theta)
         out = split_blocks(gradient, self.layout.blocks)
         for batch, attention, u in self._batches(cotangent):
@@ -92,6 +147,8 @@ class Features:
     def vjp_derivative(self, direction: Tensor, cotangent: Tensor, change: Tensor) -> Tensor:
         """Derivative of :meth:`vjp` along ``direction`` while the cotangent moves by ``change``."""
         self.passes += 2
+        self._count_projection()
+        self._count_projection()
         gradient = torch.zeros_like(self.theta)
         out = split_blocks(gradient, self.layout.blocks)
         changes = self._by_batch(change)
@@ -110,25 +167,66 @@ class Features:
             result.append(tuple(g for g in gradients if g is not None))
         return result
 
+    def peaks(self, sizes: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """What :meth:`Attention.peaks` gives for a number a key ``(b, m)`` of each batch.
+
+        Returns:
+            Largest softmax weight and softmax mean of the numbers, each ``(rows,)``.
+        """
+        self.passes += 1
+        pairs = [a.peaks(size) for a, size in zip(self._attention, sizes, strict=True)]
+        largest, mean = (
+            torch.cat([p.flatten() for p in parts]) for parts in zip(*pairs, strict=True)
+        )
+        return largest, mean
+
     def comoments(
-        self, cotangent: Tensor | None
-    ) -> Iterator[tuple[Batch, int, Block, Tensor, Tensor | None]]:
-        """Co-moments of values and keys under the softmax of each row (see `Attention`).
+        self, cotangent: Tensor | None, chosen: Tensor | None = None
+    ) -> Iterator[RowMoments]:
+        """Moments of ``A2`` and ``A3`` under the softmax of each row and head (see `Attention`).
 
         Args:
             cotangent: ``(rows, features)``, or None where the third ones are not wanted.
+            chosen: Increasing positions of the rows that are wanted; None means all. Some, of
+                one head only.
 
         Yields:
-            The batch, the first of its rows in :attr:`columns`, and what
-            :meth:`Attention.comoments` yields.
+            Some of the rows at a time.
         """
         self.passes += 1 if cotangent is None else 2
-        parts = [None] * len(self._attention) if cotangent is None else self._by_batch(cotangent)
         first = 0
-        for batch, attention, u in zip(self.problem.batches, self._attention, parts, strict=True):
-            for block, second, third in attention.comoments(u):
-                yield batch, first, block, second, third
-            first += batch.B.shape[0] * batch.B.shape[1]
+        for batch, attention in zip(self.problem.batches, self._attention, strict=True):
+            sequences, n = batch.B.shape[:2]
+            rows = torch.arange(first, first + sequences * n, device=batch.B.device)
+            u = None if cotangent is None else cotangent[first : first + sequences * n]
+            u = None if u is None else u.unflatten(0, (sequences, n))
+            rows, inputs = rows.view(sequences, n), batch.A1
+            if chosen is None:
+                for found in attention.comoments(batch.A2, batch.A3, u):
+                    block = found.block
+                    part = (slice(block.b0, block.b1), slice(block.n0, block.n1))
+                    yield RowMoments.of(rows[part], inputs[part], found)
+            else:
+                inside = chosen[(chosen >= first) & (chosen < first + sequences * n)] - first
+                for b in torch.unique_consecutive(inside // n).tolist():
+                    own = inside[inside // n == b] - b * n
+                    few = attention.select(b, own)
+                    change = None if u is None else u[b, own][None]
+                    for found in few.comoments(batch.A2[b : b + 1], batch.A3[b : b + 1], change):
+                        part = own[found.block.n0 : found.block.n1]
+                        yield RowMoments.of(rows[b, part][None], inputs[b, part][None], found)
+            first += sequences * n
+
+    @property
+    def row_counts(self) -> tuple[int, int, int]:
+        """Rows of queries, keys and values over all batches, padded ones included."""
+        keys = sum(b.A2.shape[0] * b.A2.shape[1] for b in self.problem.batches)
+        return self.both.shape[0], keys, keys
+
+    def _count_projection(self) -> None:
+        """Counts the products of the inputs with all parameter blocks, or their transposes."""
+        sizes = zip(self.row_counts, self.layout.blocks, strict=False)
+        self.operations.projections += sum(2 * rows * block.size for rows, block in sizes)
 
     def _inputs_change(self, batch, direction: Tensor):  # type: ignore[no-untyped-def]
         blocks = split_blocks(direction, self.layout.blocks)

@@ -124,6 +124,14 @@ class MultiHead(Model):
         """The problem's scale; ``head_dim^-0.5`` where it has none."""
         return self._widths(problem)[0] ** -0.5 if problem.scale is None else problem.scale
 
+    def query_inputs(self, problem: AttentionProblem, batch: Batch) -> Tensor:
+        """``scale [A1 c]`` (``c`` as in :meth:`project`); ``scale A1`` without biases."""
+        a1 = batch.A1
+        if self.bias:
+            constant = a1.new_full((*a1.shape[:2], 1), self._constant(problem))
+            a1 = torch.cat([a1, constant], dim=2)
+        return a1 * self.logit_scale(problem)
+
     def project(
         self, problem: AttentionProblem, batch: Batch, theta: list[Tensor], *, change: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:

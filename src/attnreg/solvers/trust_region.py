@@ -27,21 +27,28 @@ it lowers the norm of the gradient, and the loop ends when it does not.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from attnreg.curvature.dense import assemble_gauss_newton, assemble_hessian, assembly_cost
-from attnreg.curvature.preconditioner import BlockSolver, gauss_newton_estimate, natural_metric
+from attnreg.curvature.preconditioner import BlockSolver, gauss_newton_estimate
 from attnreg.linear_solve.cg import conjugate_gradients
 from attnreg.linear_solve.cholesky import DenseSolver
 from attnreg.linear_solve.solve import Solve
 from attnreg.objective import Objective, Point
 from attnreg.records import IterationRecord, Status
 from attnreg.solvers.restarts import Restarts, Start
+from attnreg.solvers.run import (
+    ACCEPT,
+    Outcome,
+    Run,
+    Settings,
+    relative_gradient_norm,
+    rounding_of,
+)
 
 STAGE_GAIN = 1e-2
 """A stage of the path ends when a step gains less than this share of the objective."""
@@ -75,36 +82,7 @@ DENSE_RATE = 3.0
 MAX_DENSE_SIZE = 4096
 """Largest number of parameters for which a dense matrix is formed."""
 
-ACCEPT = 1e-4
-"""Smallest ratio of actual to predicted decrease at which a step is taken."""
-
 MIN_DAMPING, MAX_DAMPING = 1e-12, 1e12
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What bounds a run.
-
-    Attributes:
-        tol: Dual norm of the reduced gradient over ``||B - mean||_F^2`` at which it has converged.
-        max_iterations: Bound on the iterations, rejected steps included.
-        max_seconds: Bound on the wall time, or None.
-        stages: The path, largest first; the last is 0.
-    """
-
-    tol: float
-    max_iterations: int
-    max_seconds: float | None
-    stages: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Where the loop ended and why."""
-
-    point: Point
-    gradient_norm: float
-    status: Status
 
 
 class TrustRegion:
@@ -129,21 +107,19 @@ class TrustRegion:
         began: float,
     ) -> None:
         self._objective, self._settings = objective, settings
-        self._generator, self._observe = generator, observe
-        self._began = began
-        self._iteration = 0
+        self._generator = generator
+        self._run = Run(objective, settings, observe, began)
         self._last_products = 0
         self._estimate: BlockSolver | None = None  # of the current point, as is the next one
         self._dense: tuple[bool, DenseSolver] | None = None  # and whether it is the exact Hessian
         self._start, self._start_value = theta, math.inf  # the best of all starts
         self._begin(theta)
         layout = objective.layout
-        assemble = layout.only_queries_move and layout.size <= MAX_DENSE_SIZE
         self._assembly_cost = math.inf
-        if assemble:
+        if layout.size <= MAX_DENSE_SIZE:
             self._assembly_cost = assembly_cost(self._point) / DENSE_RATE
         cold = not self._final and layout.only_queries_move
-        self._restarts = Restarts(objective, generator, self._out_of_time, allowed=cold)
+        self._restarts = Restarts(objective, generator, self._run.out_of_time, allowed=cold)
 
     def _begin(self, theta: Tensor, stage: int = 0) -> None:
         """Goes to a start and a stage of the path."""
@@ -187,10 +163,11 @@ class TrustRegion:
     def _iterate(self) -> Status | None:
         self._advance_path()
         if self._final:
-            converged = self._norm <= self._settings.tol
-            if converged and self._point.value <= self._restarts.best_value:
-                return Status.CONVERGED
-            if converged or self._restarts.crawls(self._iteration, self._norm):
+            best = self._point.value <= self._restarts.best_value
+            if best and (status := self._run.judge(self._point, self._norm)):
+                return status
+            ends = not best and self._norm <= self._run.tol
+            if ends or self._restarts.crawls(self._run.iteration, self._norm):
                 return self._restart(self._restarts.leave(self._point))
         self._choose_curvature()
         point = self._point
@@ -203,7 +180,7 @@ class TrustRegion:
         if solve.negative is not None:
             solve = self._follow_negative_curvature(solve)
         accepted, stalled = self._try(solve)
-        self._iteration += 1
+        self._run.iteration += 1
         phase = "newton" if self._newton else "gauss-newton"
         if self._newton and (solve.negative is not None or not accepted):
             self._leave_newton()
@@ -217,7 +194,7 @@ class TrustRegion:
 
     def _restart(self, start: Start) -> Status | None:
         """Goes on elsewhere."""
-        self._iteration += 1
+        self._run.iteration += 1
         self._begin(start.theta, 0 if start.phase == "path" else len(self._settings.stages) - 1)
         return self._report(start.phase, 0.0, 0, accepted=True)
 
@@ -235,7 +212,7 @@ class TrustRegion:
         floor = MIN_DAMPING * estimate.mean_eigenvalue
         precondition = estimate.inverse(max(shift, floor))
         solve = conjugate_gradients(
-            product, point.gradient, precondition, shift, forcing, MAX_INNER, self._out_of_time
+            product, point.gradient, precondition, shift, forcing, MAX_INNER, self._run.out_of_time
         )
         self._last_products = solve.iterations
         return solve
@@ -244,12 +221,11 @@ class TrustRegion:
         """The matrix of a point is kept: a rejected step changes the damping only."""
         if self._dense is None or self._dense[0] != self._newton:
             assemble = assemble_hessian if self._newton else assemble_gauss_newton
-            self._dense = (self._newton, DenseSolver(assemble(self._point)))
+            self._dense = (
+                self._newton,
+                DenseSolver(assemble(self._point), self._objective.operations),
+            )
         return self._dense[1].solve(self._point.gradient, shift)
-
-    def _out_of_time(self) -> bool:
-        limit = self._settings.max_seconds
-        return limit is not None and time.perf_counter() - self._began >= limit
 
     def _follow_negative_curvature(self, solve: Solve) -> Solve:
         """Extends a direction along negative curvature, as long as the direction itself."""
@@ -269,7 +245,7 @@ class TrustRegion:
     def _try(self, solve: Solve) -> tuple[bool, bool]:
         """Takes or rejects a step and updates the damping: accepted, stalled."""
         point = self._point
-        rounding = 64 * torch.finfo(point.theta.dtype).eps * abs(point.value)
+        rounding = rounding_of(point)
         if not solve.model_change < 0.0:
             self._damping = min(MAX_DAMPING, 4 * max(self._damping, MIN_DAMPING))
             return False, self._damping >= MAX_DAMPING or not self._newton
@@ -296,7 +272,7 @@ class TrustRegion:
         """At the level of rounding the gradient judges."""
         if not change <= rounding:
             return False, True
-        if not self._measure(trial) < self._norm:
+        if not relative_gradient_norm(trial) < self._norm:
             return False, True
         self._gain = 0.0
         self._move(trial)
@@ -313,7 +289,7 @@ class TrustRegion:
         return MIN_DAMPING if self._final else MIN_PATH_DAMPING
 
     def _advance_path(self) -> None:
-        if self._final or (self._gain >= STAGE_GAIN and self._norm > self._settings.tol):
+        if self._final or (self._gain >= STAGE_GAIN and self._norm > self._run.tol):
             return
         self._stage += 1
         damping = self._settings.stages[self._stage] * self._unit
@@ -323,47 +299,28 @@ class TrustRegion:
             self._move(Point(self._objective, self._objective.features(self._start)))
 
     def _choose_curvature(self) -> None:
-        if self._final and self._gain < NEWTON_GAIN and self._iteration >= self._newton_from:
+        if self._final and self._gain < NEWTON_GAIN and self._run.iteration >= self._newton_from:
             self._newton = True
 
     def _leave_newton(self) -> None:
         self._newton = False
-        self._newton_from = self._iteration + self._patience
+        self._newton_from = self._run.iteration + self._patience
         self._patience *= 2
 
     def _move(self, point: Point) -> None:
         self._point, self._estimate, self._dense = point, None, None
-        self._norm = self._measure(point)
-
-    def _measure(self, point: Point) -> float:
-        """Relative dual norm of the gradient."""
-        norm = natural_metric(point).dual_norm(point.gradient)
-        return norm / self._objective.target_norm_squared
+        self._norm = relative_gradient_norm(point)
 
     def _report(self, phase: str, shift: float, inner: int, accepted: bool) -> Status | None:
         """Hands out a record; the status if a bound is met."""
-        settings, point = self._settings, self._point
-        seconds = time.perf_counter() - self._began
-        record = IterationRecord(
-            iteration=self._iteration,
-            seconds=seconds,
-            loss=point.loss,
-            regularised=point.regularised,
-            gradient_norm=self._norm,
+        best = self._point.value <= self._restarts.best_value
+        return self._run.report(
+            self._point,
+            self._norm,
+            phase,
+            may_converge=self._final and best,
             damping=shift,
-            path=settings.stages[self._stage],
+            path=self._settings.stages[self._stage],
             inner_iterations=inner,
-            passes=self._objective.passes,
-            phase=phase,
             accepted=accepted,
         )
-        if self._observe(record):
-            return Status.STOPPED
-        is_best = point.value <= self._restarts.best_value
-        if self._final and is_best and self._norm <= settings.tol:
-            return Status.CONVERGED
-        if self._iteration >= settings.max_iterations:
-            return Status.MAX_ITERATIONS
-        if self._out_of_time():
-            return Status.MAX_SECONDS
-        return None

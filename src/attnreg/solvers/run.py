@@ -1,0 +1,139 @@
+"""What every loop shares: what bounds a run, its clock, its records and where it ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from attnreg.curvature.preconditioner import natural_metric
+from attnreg.objective import Objective, Point
+from attnreg.records import IterationRecord, Status
+
+ACCEPT = 1e-4
+"""Smallest ratio of actual to predicted decrease at which a step is taken."""
+
+
+LOWER = 1e-2
+"""Factor on the tolerance where a point within it was not confirmed."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What bounds a run.
+
+    Attributes:
+        tol: Dual norm of the reduced gradient over ``||B - mean||_F^2`` at which it has converged.
+        max_iterations: Bound on the iterations, rejected steps included.
+        max_seconds: Bound on the wall time, or None.
+        stages: The path, largest first; the last is 0.
+        confirm: Asked of a point whose gradient is within ``tol``; a false answer lowers the bound
+            on the gradient by :data:`LOWER`, and the run goes on.
+    """
+
+    tol: float
+    max_iterations: int
+    max_seconds: float | None
+    stages: tuple[float, ...] = (0.0,)
+    confirm: Callable[[Point], bool] | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where the loop ended and why."""
+
+    point: Point
+    gradient_norm: float
+    status: Status
+
+
+class Run:
+    """The clock and the records of one run.
+
+    Args:
+        objective: What is minimised.
+        settings: What bounds the run.
+        observe: Called with each record; a true answer stops the run.
+        began: ``time.perf_counter()`` from which seconds are counted.
+
+    Attributes:
+        iteration: Counted from 0, the start.
+        tol: Bound on the gradient norm that holds now.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        settings: Settings,
+        observe: Callable[[IterationRecord], bool | None],
+        began: float,
+    ) -> None:
+        self._objective, self._settings = objective, settings
+        self._observe, self._began = observe, began
+        self.iteration, self.tol = 0, settings.tol
+
+    def out_of_time(self) -> bool:
+        """Whether the time limit is over."""
+        limit = self._settings.max_seconds
+        return limit is not None and time.perf_counter() - self._began >= limit
+
+    def judge(self, point: Point, norm: float) -> Status | None:
+        """Whether the run may end at a point with this relative gradient norm."""
+        if norm > self.tol:
+            return None
+        if self._settings.confirm is None:
+            return Status.CONVERGED
+        if self._settings.confirm(point):
+            return Status.CERTIFIED
+        self.tol *= LOWER
+        return None
+
+    def report(
+        self, point: Point, norm: float, phase: str, *, may_converge: bool, **fields: Any
+    ) -> Status | None:
+        """Hands out a record.
+
+        Args:
+            point: The current iterate.
+            norm: Its relative gradient norm.
+            phase: As in :class:`IterationRecord`.
+            may_converge: Whether a small gradient ends the run here.
+            **fields: The other fields of the record.
+
+        Returns:
+            The status if a bound is met.
+        """
+        record = IterationRecord(
+            iteration=self.iteration,
+            seconds=time.perf_counter() - self._began,
+            loss=point.loss,
+            regularised=point.regularised,
+            gradient_norm=norm,
+            passes=self._objective.passes,
+            phase=phase,
+            operations=self._objective.operations.as_dict(),
+            **fields,
+        )
+        if self._observe(record):
+            return Status.STOPPED
+        if may_converge and (status := self.judge(point, norm)):
+            return status
+        if self.iteration >= self._settings.max_iterations:
+            return Status.MAX_ITERATIONS
+        if self.out_of_time():
+            return Status.MAX_SECONDS
+        return None
+
+
+def relative_gradient_norm(point: Point) -> float:
+    """Dual norm of the reduced gradient in the natural metric over ``||B - mean||_F^2``."""
+    norm = natural_metric(point).dual_norm(point.gradient)
+    return norm / point.objective.target_norm_squared
+
+
+def rounding_of(point: Point) -> float:
+    """Changes of the objective below this cannot be told from rounding."""
+    return 64 * torch.finfo(point.theta.dtype).eps * abs(point.value)
