@@ -17,6 +17,7 @@ NAMES = (
     "product_cost",
     "tail",
     "certificate_tightness",
+    "certificate_layer",
     "complexity",
     "certificates",
     "real_layer",
