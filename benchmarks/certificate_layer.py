@@ -1,8 +1,8 @@
 """Seconds of `verify` at width 384, without a Hessian: a real layer, and the bilinear model.
 
 The layer is the embedded one (see attnreg.demo), 12 heads fitted with 4 key/value heads. After a
-short fit the point is seldom stationary; what is timed does not depend on that. The bilinear problem
-is a planted one with noise and strong ridges: 294,912 parameters.
+short fit the point is seldom stationary; what is timed does not depend on that. The bilinear
+problem is a planted one with noise and strong ridges: 294,912 parameters.
 
     python -m benchmarks.certificate_layer
 """
