@@ -4,7 +4,7 @@ The layer is number 3 of all-MiniLM-L6-v2 (12 heads, width 384; see NOTICE): its
 sequences of 128 tokens of English text, and its weights, from which the outputs are computed.
 
 1. The paper's problem with its regulariser: one head's output from the leading principal
-   components of the layer's inputs (and a constant column), from near zero to the tolerance.
+   components of the layer's inputs (and a constant column), from near zero to a certified gap.
 2. 12 -> 4 key/value heads from mean-pooled weights: 48 sequences are fitted, the strength of the
    pull towards the pooled weights is chosen on 12, and 12 are scored.
 """
@@ -114,7 +114,7 @@ def run(out: Path, seconds: float | None = None, as_json: bool = False) -> None:
     out.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=as_json)
     layer = Layer.load()
-    paper = _paper_problem(layer, console)
+    paper = _paper_problem(layer, out, console)
     conversion, fitted = _conversion(layer, budget, console)
     numbers: dict[str, object] = {
         "paper_problem": paper,
@@ -131,7 +131,7 @@ def run(out: Path, seconds: float | None = None, as_json: bool = False) -> None:
         console.print(f"figure {path}")
 
 
-def _paper_problem(layer: Layer, console: Console) -> dict[str, float | str]:
+def _paper_problem(layer: Layer, out: Path, console: Console) -> dict[str, object]:
     axes = layer.principal_axes(PAPER_FITTED, PAPER_COMPONENTS)
     problem = layer.head_problem(PAPER_HEAD, PAPER_FITTED, axes)
     other = layer.head_problem(PAPER_HEAD, PAPER_HELD_OUT, axes)
@@ -140,14 +140,27 @@ def _paper_problem(layer: Layer, console: Console) -> dict[str, float | str]:
         ridge_x=target / (LOGIT_SIZE**2 * pairs),
         ridge_y=target / float(problem.gram_value.trace()),
     )
-    result = fit(problem, Bilinear(), tol=PAPER_TOL, max_seconds=PAPER_SECONDS)
+    result = fit(problem, Bilinear(), tol=PAPER_TOL, max_seconds=PAPER_SECONDS, certify=True)
     held_out = _relative_error(result.model, result.parameters, other)
     console.print(
         f"paper's problem, one head, X {problem.d_query} x {problem.d_key}: {result.status.value} "
         f"in {result.history[-1].seconds:.1f} s, gradient {result.gradient_norm:.0e}, relative "
         f"error {result.relative_error:.4f} fitted, {held_out:.4f} held out"
     )
+    problem.save(out / "paper_problem.safetensors")
+    result.save(out / "paper_fit.safetensors")
+    found = result.certificate
+    if found is not None:
+        found.save(out / "certificate.json")
+        gap = "none" if found.gap is None else f"{found.gap / target:.0e} of ||B - mean||^2"
+        console.print(
+            f"certificate {found.kind.name}, gap {gap}: {found.reason}\ncheck it: attnreg verify "
+            f"{out}/paper_problem.safetensors {out}/paper_fit.safetensors --certificate "
+            f"{out}/certificate.json",
+            soft_wrap=True,
+        )
     return {
+        "certificate": None if found is None else found.as_dict(),
         "relative_error": result.relative_error,
         "held_out_error": held_out,
         "gradient_norm": result.gradient_norm,

@@ -32,6 +32,17 @@ def test_certified(fitted, run):
     assert json.loads(out)["checked"] == "c.json"
 
 
+def test_fit_that_certifies_itself(fitted, run):
+    code, out, _ = run(*FIT, "--certify", "--tol", 1e-9, "--json")
+    summary = json.loads(out)
+    assert code == 0
+    assert summary["status"] == "certified"
+    assert summary["certificate"]["kind"] == "local"
+    code, out, _ = run(*FIT, "--certify", "--tol", 1e-300, "--json")
+    assert code == 3
+    assert "the gap is not certified" in json.loads(out)["notes"][-1]
+
+
 def test_table(fitted, run):
     code, out, _ = run(*VERIFY)
     assert code == 0
