@@ -237,7 +237,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cells = [Cell(method, n, d) for method, widths in WIDTHS.items() for n in ROWS for d in widths]
     if options.quick:
         cells = [cell for cell in cells if cell.rows <= 1024 and cell.width <= 32]
-    entries = [measure(cell, repeats) for cell in cells if cell.estimate <= BUDGET[cell.method]]
+    entries = []
+    for cell in cells:
+        if cell.estimate <= BUDGET[cell.method]:
+            entries.append(measure(cell, repeats))
+            console.print(f"[dim]{cell.method}, {cell.rows}, {cell.width}[/dim]")
     summary = summarise(entries, 0.0 if options.quick else LARGE)
     print_entries(entries, summary)
     content = {
