@@ -17,7 +17,9 @@ same cells, stands beside. The paper's bound is T_mat(n, n, d) + T_mat(n, d, d) 
 is without the last term; omega = 3 here, as the products are the ordinary ones.
 
 "/ GEMMs" is the time over that of the iteration's matrix products alone, run again (`gemm_replay`):
-medians of the ratios within a turn (one turn where it takes long).
+medians of the ratios within a turn (one turn where it takes long). Softmax matrices up to 1 GB are
+kept: where the system maps fresh memory for each point, a single turn can be slower than the rest
+(n = 8192). All of it takes about a quarter of an hour.
 
     python -m benchmarks.complexity
 """
