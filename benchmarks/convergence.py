@@ -174,9 +174,10 @@ def draw(entries: Sequence[dict[str, Any]]) -> None:
         for axes, solver in zip(
             figure.subplots(1, 2, sharey=True), ("newton-sketch", "trust-region"), strict=True
         ):
-            for entry in entries:
+            colours = mpl.colormaps["viridis"](np.linspace(0, 0.95, len(entries)))
+            for entry, colour in zip(entries, colours, strict=True):
                 gaps = np.maximum(entry["solvers"][solver]["gaps"], 1e-17)
-                axes.semilogy(gaps, marker=".", linewidth=1, label=name(entry))
+                axes.semilogy(gaps, marker=".", linewidth=1, color=colour, label=name(entry))
             axes.set(xlabel="iteration", title=solver)
             axes.axhline(1e-12, color="grey", linewidth=0.8, linestyle="--")
             axes.grid(alpha=0.3)

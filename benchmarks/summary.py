@@ -25,12 +25,11 @@ COLOURS |= {"newton-cg": "tab:olive", "marquardt": "tab:purple", "scipy": "tab:r
 
 def main() -> None:
     """Prints the figures; draws the real layer on the left, the planted problems on the right."""
-    names = ("planted", "real_layer", "product_cost", "tail")
-    planted, layer, product, tail = (
-        json.loads((RESULTS / f"{name}.json").read_text()) for name in names
-    )
-    for line in (*_planted(planted), *_layer(layer), *_product(product), *_tail(tail)):
-        console.print(line)
+    results = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in LINES}
+    for name, lines in LINES.items():
+        for line in lines(results[name]):
+            console.print(line)
+    planted, layer = results["planted"], results["real_layer"]
     with mpl.rc_context({"font.size": 9}):
         figure = Figure(figsize=(11, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
@@ -88,6 +87,90 @@ def _tail(content: dict[str, Any]) -> list[str]:
         + ", ".join(f"{row['gradient_norm']:.0e}" for row in case["iterations"][-5:])
         for case in content["cases"]
     ]
+
+
+def _certificates(content: dict[str, Any]) -> list[str]:
+    found = content["summary"]
+    shares = {
+        f"condition {label}": f"{issued} of {of}"
+        for label, (issued, of) in found["issued_of_converged_by_condition"].items()
+    }
+    doctored, large = content["doctored"], content["large"]
+    return [
+        f"certificates: {found['problems']} problems, {found['issued']} issued, "
+        f"{found['violations']} violations; {len(doctored['accepted'])} of {doctored['tried']} "
+        "doctored ones accepted",
+        f"certificates at converged points: {shares}, median gap over loss "
+        f"{found['gap_over_loss']['median']:.0e}, over the true gap "
+        f"{found['gap_over_true_gap']['median']:.2f}",
+        f"certificate, n = {large['rows']}, d = {large['width']}: {large['kind']} in "
+        f"{large['seconds']:.1f} s",
+    ]
+
+
+def _certificate_layer(content: dict[str, Any]) -> list[str]:
+    return [
+        f"certificate, {case['name']}, d = {case['width']}: {case['kind']} in "
+        f"{case['seconds']:.0f} s"
+        for case in content["cases"]
+    ]
+
+
+def _convergence(content: dict[str, Any]) -> list[str]:
+    slopes = [case["line"]["b"] for case in content["cases"]]
+    few = [
+        case
+        for case in content["cases"]
+        if (rows := [r for r in case["solvers"]["newton-sketch"]["rows_sampled"] if r])
+        and max(rows) <= case["rows"] / 10
+    ]
+    return [
+        f"newton-sketch: {min(slopes):.2f} to {max(slopes):.2f} iterations a decade of the gap on "
+        f"{len(slopes)} problems; at most a tenth of the rows sampled on {len(few)}"
+    ]
+
+
+def _inner_iterations(content: dict[str, Any]) -> list[str]:
+    lines = []
+    for share, bound in content["bounds"].items():
+        most = [entry["largest"][share] for entry in content["entries"]]
+        lines.append(
+            f"newton-cg, ridge {share} of the top: {min(most)} to {max(most)} products, bound "
+            f"{bound:.0f}"
+        )
+    return lines
+
+
+def _complexity(content: dict[str, Any]) -> list[str]:
+    lines = []
+    for method, found in content["summary"].items():
+        fits = {
+            name: ", ".join(f"{axis}^{fit[axis][0]:.2f} +- {fit[axis][1]:.2f}" for axis in "nd")
+            for name, fit in found["fits"].items()
+        }
+        ratios = {name: round(ratio, 2) for name, ratio in found["largest_ratio"].items()}
+        lines.append(f"iteration, {method}: {fits}, at most x its matrix products: {ratios}")
+    return lines
+
+
+def _sketch(content: dict[str, Any]) -> list[str]:
+    failures = [case["rates"]["1"]["failures"] for case in content["cases"]]
+    seeds = content["setting"]["seeds"]
+    return [f"sketch: {sum(failures)} of {len(failures) * seeds} samples outside 1 +- eps"]
+
+
+LINES = {
+    "planted": _planted,
+    "real_layer": _layer,
+    "product_cost": _product,
+    "tail": _tail,
+    "certificates": _certificates,
+    "certificate_layer": _certificate_layer,
+    "convergence": _convergence,
+    "inner_iterations": _inner_iterations,
+    "complexity": _complexity,
+    "sketch": _sketch,
+}
 
 
 def _draw_layer(axes: Axes, content: dict[str, Any]) -> None:

@@ -74,9 +74,20 @@ def test_the_figures_of_the_readme_come_from_the_results(tmp_path, monkeypatch):
         "n = 128: .*?, ([0-9.]+) x its": 2,
         "n = 2048: .*?, ([0-9.]+) x its": 2,
         "peak ([0-9.]+) GiB": 2,
+        "n = 1024, d = 32: LOCAL in ([0-9.]+) s": 1,
+        "bilinear, d = 384: LOCAL in ([0-9.]+) s": 0,
+        "newton-sketch: ([0-9.]+) to": 2,
+        "to ([0-9.]+) iterations a decade": 2,
+        "over the true gap ([0-9.]+)": 2,
+        "ridge 1 of the top: 7 to ([0-9]+) products": 0,
+        "ridge 0.0001 of the top: 19 to ([0-9]+) products": 0,
+        "([0-9]+) of 252 doctored": 0,
     }
     for pattern, digits in printed.items():
         found = re.search(pattern, text)
         assert found, pattern
         assert re.search(rf"\b{re.escape(f'{float(found[1]):.{digits}f}')}\b", readme), pattern
     assert re.search("0 decades.*on 10 of 10 seeds, worse than a peer on 0", text)
+    issued = re.search("2000 problems, ([0-9]+) issued, 0 violations", text)
+    assert issued
+    assert f"{int(issued[1]):,} certificates were issued" in " ".join(readme.split())

@@ -53,7 +53,7 @@ from attnreg.solvers.run import (
 STAGE_GAIN = 1e-2
 """A stage of the path ends when a step gains less than this share of the objective."""
 
-NEWTON_GAIN = 3e-2
+NEWTON_GAIN = 1e-2
 """The exact Hessian is tried once a step gains less than this share of the objective."""
 
 FORCING, PATH_FORCING, LATE_FORCING = 0.6, 0.5, 0.3
