@@ -134,3 +134,19 @@ def test_float32():
     solve = conjugate_gradients(lambda v: h @ v, g, torch.clone, 0.1, 1e-5, 100)
     assert solve.direction.dtype == torch.float32
     assert relative(solve.direction, torch.linalg.solve(h + 0.1 * EYE.float(), -g)) < 1e-4
+
+
+@pytest.mark.parametrize("overhead", [0.0, 2.0, 30.0])
+def test_a_solve_ends_where_another_product_gains_less_than_the_average(overhead):
+    values = torch.logspace(0, -4, 30, dtype=torch.float64)
+    gradient = normal(30, seed=5)
+
+    def solve(iterations, overhead=None):
+        args = (lambda v: values * v, gradient, lambda v: v, 0.0, 1e-12)
+        return conjugate_gradients(*args, iterations, overhead=overhead)
+
+    gains = [0.0] + [-solve(k).model_change for k in range(1, 30)]
+    expected = next(
+        (k for k in range(1, 30) if (gains[k] - gains[k - 1]) * (k + overhead) < gains[k]), 30
+    )
+    assert solve(200, overhead).iterations == expected

@@ -4,6 +4,9 @@ Solves ``(H + damping I) d = -g`` from ``d = 0`` and stops when
 
 * the residual's norm in the metric of the inverse preconditioner is at most ``tolerance`` times
   that of ``g`` (forcing, Dembo, Eisenstat and Steihaug 1982), or
+* the last product lowered the model by less than the products so far did on average, their
+  common ``overhead`` counted in, where that is asked for: from there on a new point, with a new
+  model, is worth more than another product, or
 * a direction of non-positive curvature is met; it is handed back to the caller (Steihaug 1983), or
 * a direction's curvature cannot be told from zero beside the largest one met (null directions of
   the gauge, at the level of rounding), or
@@ -30,6 +33,7 @@ def conjugate_gradients(
     tolerance: float,
     max_iterations: int,
     out_of_time: Callable[[], bool] | None = None,
+    overhead: float | None = None,
 ) -> Solve:
     """Solves ``(H + damping I) d = -gradient``.
 
@@ -42,6 +46,7 @@ def conjugate_gradients(
         tolerance: Relative tolerance in ``(0, 1)``.
         max_iterations: Bound on the products.
         out_of_time: Asked after each product; a true answer ends the solve.
+        overhead: Cost of a new point in products, for the test of the average; None: no such test.
 
     Returns:
         The direction with its statistics.
@@ -53,7 +58,7 @@ def conjugate_gradients(
     target = tolerance**2 * rz
     p = preconditioned.clone()
     iterations, converged = 0, rz <= 0.0
-    top, flat = 0.0, 64 * torch.finfo(gradient.dtype).eps
+    gained, top, flat = 0.0, 0.0, 64 * torch.finfo(gradient.dtype).eps
     while not converged and iterations < max_iterations:
         hp = product(p)
         iterations += 1
@@ -69,10 +74,14 @@ def conjugate_gradients(
             return Solve(direction, iterations, change, False, p, negative)
         alpha = rz / curvature
         direction.add_(p, alpha=alpha)
+        gain = 0.5 * alpha * rz
+        gained += gain
         residual.add_(hp, alpha=-alpha)
         preconditioned = precondition(residual)
         rz, previous = _dot(residual, preconditioned), rz
         converged = rz <= target
+        if overhead is not None and gain * (iterations + overhead) < gained:
+            break
         p.mul_(rz / previous).add_(preconditioned)
         if out_of_time is not None and out_of_time():
             break

@@ -56,9 +56,12 @@ STAGE_GAIN = 1e-2
 NEWTON_GAIN = 1e-2
 """The exact Hessian is tried once a step gains less than this share of the objective."""
 
-FORCING, PATH_FORCING, LATE_FORCING = 0.6, 0.5, 0.3
-"""Largest relative residual of a linear solve: far from the solution, on the path, and once a
-step gains less than ``NEWTON_GAIN``."""
+OVERHEAD = 2.0
+"""Cost of a point (features, gradient, estimate, readout) in products, measured: a solve with
+Gauss-Newton ends where another product gains less than the average."""
+
+FORCING = 0.3
+"""Largest relative residual of a solve with the exact Hessian."""
 
 DAMPING, PATH_DAMPING = 0.03, 1.0
 """First damping, off and on the path, in units of the mean eigenvalue of the curvature."""
@@ -203,16 +206,21 @@ class TrustRegion:
         assert estimate is not None
         if self._assembly_cost <= max(DENSE_COST, self._last_products):
             return self._solve_dense(shift)
-        forcing = FORCING if self._final else PATH_FORCING
-        if self._final and self._gain < NEWTON_GAIN:
-            forcing = LATE_FORCING
+        forcing = MIN_FORCING
         if self._newton:
-            forcing = min(forcing, max(MIN_FORCING, self._norm / self._first_norm))
+            forcing = min(FORCING, max(MIN_FORCING, self._norm / self._first_norm))
         product = point.hessian if self._newton else point.gauss_newton
         floor = MIN_DAMPING * estimate.mean_eigenvalue
         precondition = estimate.inverse(max(shift, floor))
         solve = conjugate_gradients(
-            product, point.gradient, precondition, shift, forcing, MAX_INNER, self._run.out_of_time
+            product,
+            point.gradient,
+            precondition,
+            shift,
+            forcing,
+            MAX_INNER,
+            self._run.out_of_time,
+            None if self._newton else OVERHEAD,
         )
         self._last_products = solve.iterations
         return solve
