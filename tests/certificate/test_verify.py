@@ -1,10 +1,15 @@
 """``verify``: what it states of which points."""
 
+import importlib
+import math
+
 import pytest
 import torch
 
 from attnreg import AttentionProblem, Bilinear, Certificate, Kind, fit, predict, verify
 from tests.twins import normal
+
+verify_module = importlib.import_module("attnreg.certificate.verify")  # the function hides it
 
 
 def noisy(n=20, d=3, sequences=2, noise=0.1, seed=0, **settings):
@@ -48,6 +53,17 @@ def test_the_gap_is_one(ridged):
         found = verify(problem, x, y)
         assert found.kind is Kind.LOCAL
         assert found.value - best <= found.gap <= 3 * (found.value - best)
+
+
+@pytest.mark.parametrize("errors", [(3.0, 3.0, 0.0), (1.0, 0.0, 0.0), (0.0, 0.0, 2.0)])
+def test_failed_whitening_states_nothing_in_the_natural_metric(monkeypatch, errors):
+    problem = noisy(ridge_x=1e4, ridge_y=10.0)
+    result = fit(problem, tol=1e-10)
+    assert verify(problem, result).kind is Kind.GLOBAL
+    monkeypatch.setattr(verify_module, "_gram_errors", lambda *_: errors)
+    found = verify(problem, result)
+    assert found.kind is Kind.LOCAL  # in the Hessian's norm, which needs no metric
+    assert found.gradient_norm == math.inf
 
 
 def test_a_step_too_far(ridged):

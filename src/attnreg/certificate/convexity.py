@@ -53,6 +53,15 @@ class Level:
         return Level(SAFETY * square**0.5, tuple(omega))
 
 
+def gram_floors(gram_errors: Sequence[float]) -> list[float]:
+    """Lower bounds on the eigenvalues of matrices at these distances from the identity.
+
+    Returns:
+        ``1 - error`` of each, 0 where the error is 1 or more: then nothing is known.
+    """
+    return [max(0.0, 1 - error) for error in gram_errors]
+
+
 def convexity(
     setting: Setting, geometry: Geometry, gram_errors: Sequence[float], level: Level | None = None
 ) -> Convexity:
@@ -77,8 +86,9 @@ def convexity(
     Returns:
         The modulus, minus infinity without ``ridge_y``, and the ridge needed.
     """
-    scale, ridge_y = setting.scale, setting.ridge_y * (1 - gram_errors[2])
-    if not ridge_y > 0:
+    scale, shares = setting.scale, gram_floors(gram_errors)
+    ridge_y = setting.ridge_y * shares[2]
+    if not min(ridge_y, shares[0], shares[1]) > 0:
         return Convexity(-math.inf, math.inf)
     level = Level.of(setting) if level is None else level
     b, root = level.size, geometry.queries**0.5
@@ -88,7 +98,7 @@ def convexity(
         for s, o in zip(geometry.sequences, level.omega, strict=True)
     )
     need = SAFETY * (tau + nu**2 / ridge_y)
-    share = (1 - gram_errors[0]) * (1 - gram_errors[1])
+    share = shares[0] * shares[1]
     return Convexity(2 * (setting.ridge_x / scale**2 * share - need), need * scale**2 / share)
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from attnreg.certificate.bounds import Geometry
-from attnreg.certificate.convexity import Convexity
+from attnreg.certificate.convexity import Convexity, gram_floors
 from attnreg.certificate.gradient import Gradient
 from attnreg.certificate.local import Local
 from attnreg.problem import AttentionProblem
@@ -72,14 +72,16 @@ def dual_norm(
         errors: Bounds on ``||G' - I||``; used where ``G'`` is the metric.
 
     Returns:
-        An upper bound.
+        An upper bound; infinite where an error of 1 leaves none.
     """
     target = problem.target_norm_squared or 1.0
     x = float(gradient.x.norm()) + gradient.x_error
     y = float(gradient.y.norm()) + gradient.y_error
-    share = [1 - min(error, 0.5) for error in errors]
+    share = gram_floors(errors)
     if not problem.ridge_x:
         share[1] = 1.0
     if not problem.ridge_y:
         share[2] = 1.0
+    if not min(share) > 0:
+        return math.inf
     return math.hypot(x / target / (share[0] * share[1]) ** 0.5, y / (target * share[2]) ** 0.5)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attnreg.certificate.bounds import GeometryObserver
 from attnreg.certificate.certificate import Certificate, Kind, parameters_digest
-from attnreg.certificate.convexity import convexity, global_statement
+from attnreg.certificate.convexity import convexity, global_statement, gram_floors
 from attnreg.certificate.coordinates import Coordinates, Setting
 from attnreg.certificate.curvature import CurvatureObserver
 from attnreg.certificate.findings import Findings, dual_norm, not_definite
@@ -250,7 +250,7 @@ def _certificate(
     else:
         reason = found.obstacle
     if modulus > 0 and math.isfinite(found.gradient_norm):
-        ridge_y = problem.ridge_y * (1 - found.gram_errors[2])
+        ridge_y = problem.ridge_y * gram_floors(found.gram_errors)[2]
         statement = global_statement(ridge_y, found.gradient, found.geometry, modulus)
         kind, norm, lipschitz = Kind.GLOBAL, "natural", None
         gap = statement.gap if gap is None else min(gap, statement.gap)
