@@ -6,9 +6,11 @@ import math
 from dataclasses import dataclass
 
 from attnreg.certificate.bounds import Geometry
-from attnreg.certificate.convexity import Convexity, gram_floors
+from attnreg.certificate.convexity import Convexity, Level, convexity, gram_floors
+from attnreg.certificate.coordinates import Setting
 from attnreg.certificate.gradient import Gradient
-from attnreg.certificate.local import Local
+from attnreg.certificate.local import Local, local_statement
+from attnreg.certificate.spectrum import LowerBounds
 from attnreg.problem import AttentionProblem
 
 
@@ -35,6 +37,43 @@ class Findings:
     obstacle: str
     gram_errors: tuple[float, float, float]
     method: str
+
+    @staticmethod
+    def of(
+        problem: AttentionProblem,
+        setting: Setting,
+        gradient: Gradient,
+        geometry: Geometry,
+        gram_errors: tuple[float, float, float],
+        bounds: LowerBounds | str,
+        method: str,
+        level: Level | None = None,
+    ) -> Findings:
+        """Draws the consequences of what was computed.
+
+        Args:
+            problem: The problem.
+            setting: The problem and the point.
+            gradient: The gradient with its errors.
+            geometry: Sizes at the point.
+            gram_errors: As in the attributes.
+            bounds: Of the Hessian, or why there are none.
+            method: As in the attributes.
+            level: As :func:`convexity` takes it.
+
+        Returns:
+            The findings.
+        """
+        return Findings(
+            gradient=gradient,
+            gradient_norm=dual_norm(problem, gradient, gram_errors),
+            geometry=geometry,
+            local=None if isinstance(bounds, str) else local_statement(geometry, bounds),
+            convexity=convexity(setting, geometry, gram_errors, level),
+            obstacle=bounds if isinstance(bounds, str) else "",
+            gram_errors=gram_errors,
+            method=method,
+        )
 
 
 def not_definite(smallest: float) -> str:

@@ -27,11 +27,10 @@ from attnreg.certificate.balls import (
     working_precision,
 )
 from attnreg.certificate.bounds import Geometry, Sizes
-from attnreg.certificate.convexity import Level, convexity
+from attnreg.certificate.convexity import Level
 from attnreg.certificate.coordinates import Coordinates, Setting
-from attnreg.certificate.findings import Findings, dual_norm, not_definite
+from attnreg.certificate.findings import Findings, not_definite
 from attnreg.certificate.gradient import Gradient
-from attnreg.certificate.local import local_statement
 from attnreg.certificate.spectrum import LowerBounds, smallest_curvature
 from attnreg.problem import AttentionProblem
 
@@ -72,21 +71,8 @@ def rigorous_findings(
         level = _level(flint, setting)
         hessian = _midpoints(exact.hessian, size)
         bounds = _lower_bounds(flint, exact, hessian, r1 * r2)
-    local, obstacle = None, ""
-    if bounds is None:
-        obstacle = not_definite(smallest_curvature(hessian))
-    else:
-        local = local_statement(geometry, bounds)
-    return Findings(
-        gradient=gradient,
-        gradient_norm=dual_norm(problem, gradient, errors),
-        geometry=geometry,
-        local=local,
-        convexity=convexity(setting, geometry, errors, level),
-        obstacle=obstacle,
-        gram_errors=errors,
-        method="rigorous",
-    )
+    known = bounds or not_definite(smallest_curvature(hessian))
+    return Findings.of(problem, setting, gradient, geometry, errors, known, "rigorous", level)
 
 
 def _gradient(flint: Any, exact: Exact, shape: tuple[int, int, int, int]) -> Gradient:

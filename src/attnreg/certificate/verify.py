@@ -16,16 +16,15 @@ from torch import Tensor
 
 from attnreg.certificate.bounds import GeometryObserver
 from attnreg.certificate.certificate import Certificate, Kind, parameters_digest
-from attnreg.certificate.convexity import convexity, global_statement, gram_floors
+from attnreg.certificate.convexity import global_statement, gram_floors
 from attnreg.certificate.coordinates import Coordinates, Setting
 from attnreg.certificate.curvature import CurvatureObserver
-from attnreg.certificate.findings import Findings, dual_norm, not_definite
+from attnreg.certificate.findings import Findings, not_definite
 from attnreg.certificate.gradient import evaluate
 from attnreg.certificate.large import MATRIX_FREE, JointHessian, probable_bounds
-from attnreg.certificate.local import local_statement
 from attnreg.certificate.multihead import layer_certificate
 from attnreg.certificate.rigorous import ENCLOSED, rigorous_findings
-from attnreg.certificate.spectrum import lower_bounds, smallest_curvature
+from attnreg.certificate.spectrum import LowerBounds, lower_bounds, smallest_curvature
 from attnreg.models import Bilinear, Model
 from attnreg.problem import AttentionProblem
 
@@ -136,22 +135,16 @@ def _findings(problem: AttentionProblem, setting: Setting, coordinates: Coordina
     gradient = evaluate(setting, coordinates, observe)
     geometry, curvature = geometry_of.result(), curvature_of.result()
     errors = _gram_errors(setting, coordinates)
-    local, obstacle = None, ""
     finite = bool(curvature.matrix.isfinite().all())
     bounds = lower_bounds(curvature, gradient) if finite else None
-    if bounds is not None:
-        local = local_statement(geometry, bounds)
-    else:
-        obstacle = not_definite(smallest_curvature(curvature.matrix))
-    return Findings(
-        gradient=gradient,
-        gradient_norm=dual_norm(problem, gradient, errors),
-        geometry=geometry,
-        local=local,
-        convexity=convexity(setting, geometry, errors),
-        obstacle=obstacle,
-        gram_errors=errors,
-        method="doubled",
+    return Findings.of(
+        problem,
+        setting,
+        gradient,
+        geometry,
+        errors,
+        bounds or not_definite(smallest_curvature(curvature.matrix)),
+        "doubled",
     )
 
 
@@ -169,27 +162,17 @@ def _large_findings(
     wide = problem.to(torch.float64, "cpu")
     hessian = JointHessian(wide, {"X": setting.x, "Y": setting.y}, setting, coordinates)
     bounds, found = probable_bounds(hessian, gradient, failure, seed)
-    local, obstacle = None, ""
     if bounds is not None:
-        local = local_statement(geometry, bounds)
+        known: LowerBounds | str = bounds
     elif found.smallest < -1e-8 * found.largest:
-        obstacle = not_definite(found.smallest / found.largest)
+        known = not_definite(found.smallest / found.largest)
     else:
-        obstacle = (
+        known = (
             f"the smallest curvature is at most {found.smallest / found.largest:.1e} of the "
             "largest, which Lanczos cannot tell from zero in the steps it is given: set stronger "
             "ridges"
         )
-    return Findings(
-        gradient=gradient,
-        gradient_norm=dual_norm(problem, gradient, errors),
-        geometry=geometry,
-        local=local,
-        convexity=convexity(setting, geometry, errors),
-        obstacle=obstacle,
-        gram_errors=errors,
-        method="matrix-free",
-    )
+    return Findings.of(problem, setting, gradient, geometry, errors, known, "matrix-free")
 
 
 def _gram_errors(setting: Setting, coordinates: Coordinates) -> tuple[float, float, float]:
