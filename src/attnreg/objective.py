@@ -81,6 +81,21 @@ class Objective:
         self._points.append(features)
         return features
 
+    def add_ridge_gradient(self, move: Tensor, out: Tensor) -> None:
+        """Adds the gradient of the ridge of ``theta`` at a distance ``move`` from its centre."""
+        ridge = self.ridge
+        assert ridge is not None
+        matrices = split_blocks(move, self.layout.blocks)
+        targets = split_blocks(out, self.layout.blocks)
+        for left, right, matrix, target in zip(
+            self.left, ridge.right, matrices, targets, strict=True
+        ):
+            spent = product(matrix.shape[0], matrix.shape[0], matrix.shape[1])
+            self.operations.small += spent + product(
+                matrix.shape[0], matrix.shape[1], right.shape[-1]
+            )
+            target.add_(apply_right(left.matrix @ matrix, right.to(matrix.dtype)), alpha=2.0)
+
     def weighted(self, rows: Tensor) -> Tensor:
         """``W rows``; the same tensor where all weights are 1."""
         return rows if self.weights is None else rows * self.weights
@@ -135,7 +150,7 @@ class Point:
         """Gradient by ``theta``, flat."""
         gradient = self.features.vjp(self.cotangent).mul_(2.0)
         if self.objective.ridge is not None:
-            self._add_ridge(self.theta - self.objective.ridge.center, gradient)
+            self.objective.add_ridge_gradient(self.theta - self.objective.ridge.center, gradient)
         return gradient
 
     # ------------------------------------------------------------------ second order
@@ -217,22 +232,8 @@ class Point:
     def _finish(self, direction: Tensor, product: Tensor) -> Tensor:
         product.mul_(2.0)
         if self.objective.ridge is not None:
-            self._add_ridge(direction, product)
+            self.objective.add_ridge_gradient(direction, product)
         return product
-
-    def _add_ridge(self, direction: Tensor, out: Tensor) -> None:
-        ridge, objective = self.objective.ridge, self.objective
-        assert ridge is not None
-        matrices = split_blocks(direction, objective.layout.blocks)
-        targets = split_blocks(out, objective.layout.blocks)
-        for left, right, matrix, target in zip(
-            objective.left, ridge.right, matrices, targets, strict=True
-        ):
-            spent = product(matrix.shape[0], matrix.shape[0], matrix.shape[1])
-            objective.operations.small += spent + product(
-                matrix.shape[0], matrix.shape[1], right.shape[-1]
-            )
-            target.add_(apply_right(left.matrix @ matrix, right.to(matrix.dtype)), alpha=2.0)
 
     def _ridge_value(self) -> float:
         ridge = self.objective.ridge
@@ -240,7 +241,7 @@ class Point:
             return 0.0
         distance = self.theta - ridge.center
         doubled = torch.zeros_like(distance)
-        self._add_ridge(distance, doubled)
+        self.objective.add_ridge_gradient(distance, doubled)
         readout_distance = (self.readout - ridge.readout_center).double()
         readout_part = (readout_distance * (ridge.readout @ readout_distance)).sum()
         return 0.5 * float(distance.double() @ doubled.double()) + float(readout_part)

@@ -171,15 +171,10 @@ def _joint(
         by_readout += 2 * ridge.readout @ move
         gram = gram + ridge.readout
         value += float((move * (ridge.readout @ move)).sum())
-        distance = point.theta - ridge.center
-        own = split_blocks(distance, objective.layout.blocks)
-        pulls = [
-            apply_right(left.matrix @ matrix, right)
-            for left, right, matrix in zip(objective.left, ridge.right, own, strict=True)
-        ]
-        pull = torch.cat([part.reshape(-1) for part in pulls])
-        by_theta = by_theta + 2 * pull
-        value += float(distance @ pull)
+        distance, pull = point.theta - ridge.center, torch.zeros_like(point.theta)
+        objective.add_ridge_gradient(distance, pull)
+        by_theta = by_theta + pull
+        value += 0.5 * float(distance @ pull)
     target = objective.target_norm_squared
     inverse, _ = scaled_inverse(gram)
     y_square = float((by_readout * (inverse @ by_readout)).sum())
