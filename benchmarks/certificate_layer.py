@@ -9,7 +9,6 @@ problem is a planted one with noise and strong ridges: 294,912 parameters.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +26,7 @@ from attnreg import (
     verify,
 )
 from attnreg.demo import HEADS, Layer
-from benchmarks.common import RESULTS, machine, print_table, write_json
+from benchmarks.common import command_line, machine, parse, print_table, save
 
 KV_HEADS = 4
 
@@ -76,24 +75,16 @@ def timed(name: str, problem: AttentionProblem, result: FitResult) -> dict[str, 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.certificate_layer", description=__doc__
-    )
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--quick", action="store_true", help="2 sequences")
+    parser = command_line("certificate_layer", __doc__, quick="2 sequences")
     parser.add_argument("--seconds", type=float, default=20.0, help="bound on the layer's fit")
-    parser.add_argument("--threads", type=int, help="of torch")
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = parse(parser, arguments)
     cases = [layer_case(2 if options.quick else 16, options.seconds)]
     cases.append(bilinear_case(72 if options.quick else 384))
     for case in cases:
         rows = [(key, str(value)) for key, value in case.items()]
         print_table(f"verify: {case['name']}", ("what", "found"), rows)
-    name = f"certificate_layer{'-quick' if options.quick else ''}.json"
     content = {"machine": machine(), "fit_seconds": options.seconds, "cases": cases}
-    write_json(RESULTS / name, content)
+    save("certificate_layer", content, quick=options.quick)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Convexity: the downward curvature that is found, over the ridge that is asked fo
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,7 +23,7 @@ from attnreg.certificate.coordinates import Coordinates, Setting
 from attnreg.certificate.curvature import CurvatureObserver
 from attnreg.certificate.gradient import evaluate
 from benchmarks.certificate_problems import Instance, Source, make
-from benchmarks.common import RESULTS, machine, print_table, show, write_json
+from benchmarks.common import command_line, machine, parse, print_table, save, show
 
 STARTS, STEPS = 3, 15
 EXACT = (1e-12,) * 3  # whitening errors, which play no part here
@@ -129,15 +128,9 @@ def _third(value: Callable[[Tensor], Tensor], origin: Tensor, direction: Tensor)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.certificate_tightness", description=__doc__
-    )
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--quick", action="store_true", help="14 problems")
+    parser = command_line("certificate_tightness", __doc__, quick="14 problems")
     parser.add_argument("--problems", type=int, help="how many (210)")
-    parser.add_argument("--threads", type=int, help="of torch")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads or 1)
+    options = parse(parser, arguments, threads=1)
     count = options.problems or (14 if options.quick else 210)
     shares: dict[str, list[float]] = {"third derivative": []}
     for index in range(count):
@@ -156,8 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name, c in content.items()
     ]
     print_table("found over bound", ("bound", "problems", "median", "largest"), rows)
-    name = f"certificate_tightness{'-quick' if options.quick else ''}.json"
-    write_json(RESULTS / name, {"machine": machine(), "shares": content})
+    save("certificate_tightness", {"machine": machine(), "shares": content}, quick=options.quick)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ problem is timed.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from collections import Counter
@@ -34,7 +33,7 @@ from benchmarks.certificate_problems import (
     make,
     other_point,
 )
-from benchmarks.common import RESULTS, console, machine, print_table, show, write_json
+from benchmarks.common import command_line, console, machine, parse, print_table, save, show
 
 CUTS = (1e4, 1e6, 1e8)
 CONVERGED = 1e-12
@@ -174,13 +173,9 @@ def print_summary(content: dict[str, Any]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.certificates", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--quick", action="store_true", help="100 problems, a smaller large one")
+    parser = command_line("certificates", __doc__, quick="100 problems, a smaller large one")
     parser.add_argument("--problems", type=int, help="how many (2000)")
-    parser.add_argument("--threads", type=int, help="of torch")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads or 1)  # the small problems are fastest on one
+    options = parse(parser, arguments, threads=1)  # the small problems are fastest on one
     count = options.problems or (100 if options.quick else 2000)
     began, cases = time.perf_counter(), []
     for index in range(count):
@@ -208,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ],
     }
     print_summary(content)
-    write_json(RESULTS / f"certificates{'-quick' if options.quick else ''}.json", content)
+    save("certificates", content, quick=options.quick)
 
 
 def _violated(case: dict[str, Any]) -> bool:

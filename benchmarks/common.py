@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -50,6 +51,30 @@ class Clock:
             yield
         finally:
             self._paused += time.perf_counter() - begin
+
+
+def command_line(name: str, description: str | None, *, quick: str) -> argparse.ArgumentParser:
+    """The options that every benchmark has; `quick` says what a quick run leaves out."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--threads", type=int, help="of torch")
+    return parser
+
+
+def parse(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, threads: int | None = None
+) -> argparse.Namespace:
+    """Parsed options, once the threads are set; `threads` where none are given."""
+    options = parser.parse_args(arguments)
+    if options.threads or threads:
+        torch.set_num_threads(options.threads or threads)
+    return options
+
+
+def save(name: str, content: Mapping[str, Any], *, quick: bool) -> None:
+    """Writes a benchmark's results; those of a quick run have a file of their own."""
+    write_json(RESULTS / f"{name}{'-quick' if quick else ''}.json", content)
 
 
 def machine() -> dict[str, Any]:

@@ -26,7 +26,6 @@ kept: where the system maps fresh memory for each point, a single turn can be sl
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,7 +45,7 @@ from attnreg.solvers.approximate_newton import (
     newton_step,
 )
 from attnreg.solvers.run import relative_gradient_norm
-from benchmarks.common import RESULTS, console, machine, median, print_table, show, write_json
+from benchmarks.common import command_line, console, machine, median, parse, print_table, save, show
 from benchmarks.gemm_replay import Replay, record
 
 ROWS = (256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -227,14 +226,9 @@ def print_entries(entries: Sequence[dict[str, Any]], summary: dict[str, Any]) ->
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.complexity", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--quick", action="store_true", help="n to 1024, d to 32, one repeat")
+    parser = command_line("complexity", __doc__, quick="n to 1024, d to 32, one repeat")
     parser.add_argument("--repeats", type=int, help="turns (3)")
-    parser.add_argument("--threads", type=int, help="of torch")
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = parse(parser, arguments)
     repeats = options.repeats or (1 if options.quick else 3)
     cells = [Cell(method, n, d) for method, widths in WIDTHS.items() for n in ROWS for d in widths]
     if options.quick:
@@ -254,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "summary": summary,
         "entries": entries,
     }
-    write_json(RESULTS / f"complexity{'-quick' if options.quick else ''}.json", content)
+    save("complexity", content, quick=options.quick)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ For the trust region, which ends with exact Newton steps, the order of convergen
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,7 +22,16 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.common import RESULTS, console, machine, print_table, show, write_json
+from benchmarks.common import (
+    RESULTS,
+    command_line,
+    console,
+    machine,
+    parse,
+    print_table,
+    save,
+    show,
+)
 from benchmarks.ridged_problem import ridged
 from benchmarks.tail import order
 
@@ -189,20 +197,15 @@ def draw(entries: Sequence[dict[str, Any]]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.convergence", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--quick", action="store_true", help="two small problems, no picture")
-    parser.add_argument("--threads", type=int, help="of torch")
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    parser = command_line("convergence", __doc__, quick="two small problems, no picture")
+    options = parse(parser, arguments)
     entries = []
     for case in QUICK if options.quick else CASES:
         entries.append(run(case))
         console.print(f"[dim]{name(entries[-1])}[/dim]")
     print_cases(entries)
     content = {"machine": machine(), "setting": {"tol": TOLERANCE}, "cases": entries}
-    write_json(RESULTS / f"convergence{'-quick' if options.quick else ''}.json", content)
+    save("convergence", content, quick=options.quick)
     if not options.quick:
         draw(entries)
 

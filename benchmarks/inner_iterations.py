@@ -13,17 +13,14 @@ Inputs span 0, 3 or 6 decades of singular values, one sequence or several; they 
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from attnreg.curvature.preconditioner import natural_metric
 from attnreg.linear_solve.cg import conjugate_gradients
-from benchmarks.common import RESULTS, machine, median, print_table, write_json
+from benchmarks.common import command_line, machine, median, parse, print_table, save
 from benchmarks.ridged_problem import ridged
 
 RATIOS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
@@ -123,16 +120,9 @@ def print_entries(entries: Sequence[dict[str, Any]]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.inner_iterations", description=__doc__
-    )
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--quick", action="store_true", help="two shapes, one seed")
+    parser = command_line("inner_iterations", __doc__, quick="two shapes, one seed")
     parser.add_argument("--seeds", type=int, help="problems of each kind (3)")
-    parser.add_argument("--threads", type=int, help="of torch")
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = parse(parser, arguments)
     seeds = options.seeds or (1 if options.quick else 3)
     shapes = QUICK if options.quick else SHAPES
     entries = [run(shape, decades, seeds) for shape in shapes for decades in DECADES]
@@ -148,8 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "bounds": {f"{ratio:g}": bound(ratio) for ratio in RATIOS},
         "entries": entries,
     }
-    suffix = "-quick" if options.quick else ""
-    write_json(RESULTS / f"inner_iterations{suffix}.json", content)
+    save("inner_iterations", content, quick=options.quick)
 
 
 if __name__ == "__main__":

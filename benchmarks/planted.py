@@ -27,13 +27,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.common import (
     RESULTS,
+    command_line,
     console,
     machine,
     median,
+    parse,
     print_table,
     show,
     thin,
@@ -281,9 +281,7 @@ def _save(content: dict[str, Any], path: Path, *, resume: bool) -> None:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.planted", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--quick", action="store_true", help="small problems, one minute")
+    parser = command_line("planted", __doc__, quick="small problems, one minute")
     parser.add_argument("--parts", nargs="+", choices=("speed", "minima"))
     parser.add_argument("--decades", nargs="+", type=float, help="of the inputs (0 1.5 3)")
     parser.add_argument("--logit-std", nargs="+", type=float, default=[4.0])
@@ -295,8 +293,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="keep cases of the results file")
     parser.add_argument("--processes", type=int, default=1, help="run side by side, for the record")
     parser.add_argument("--only", help="only peers whose name contains this")
-    parser.add_argument("--threads", type=int, help="of torch")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     defaults = {"seeds": 10, "seconds": 120.0, "minima_seconds": 60.0, "decades": list(DECADES)}
     if options.quick:
         defaults = {"seeds": 2, "seconds": 1.0, "minima_seconds": 1.0, "decades": [0.0, 3.0]}
@@ -304,8 +301,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         if getattr(options, name) is None:
             setattr(options, name, value)
     options.parts = options.parts or ["speed", "minima"]
-    if options.threads:
-        torch.set_num_threads(options.threads)
     return options
 
 

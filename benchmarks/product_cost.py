@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.common import RESULTS, machine, median, print_table, show, write_json
+from benchmarks.common import command_line, machine, median, parse, print_table, save, show
 from benchmarks.gemm_replay import Replay, record
 
 if TYPE_CHECKING:
@@ -134,18 +134,13 @@ def _peak_gib() -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.product_cost", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--quick", action="store_true", help="few turns, a quarter of the size")
+    parser = command_line("product_cost", __doc__, quick="few turns, a quarter of the size")
     parser.add_argument("--repeats", type=int, help="turns (15)")
-    parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--memory-child", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     if options.memory_child:
         memory_child()
         return
-    if options.threads:
-        torch.set_num_threads(options.threads)
     repeats = options.repeats or (3 if options.quick else 15)
     cases = [Case(8, 128), Case(1, 1024)] if options.quick else [Case(32, 128), Case(2, 2048)]
     content: dict[str, Any] = {
@@ -169,8 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ("features and one product", f"{memory['peak_gib']:.2f}"),
         ],
     )
-    suffix = "-quick" if options.quick else ""
-    write_json(RESULTS / f"product_cost{suffix}.json", content)
+    save("product_cost", content, quick=options.quick)
 
 
 def _line(entry: dict[str, Any]) -> tuple[str, ...]:

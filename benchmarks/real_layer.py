@@ -16,14 +16,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.common import (
     RESULTS,
     Clock,
+    command_line,
     console,
     machine,
     median,
+    parse,
     print_table,
     show,
     write_json,
@@ -189,25 +189,20 @@ def _warm_up(layer: Layer) -> None:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.real_layer", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--quick", action="store_true", help="4 + 4 sequences, seconds each")
+    parser = command_line("real_layer", __doc__, quick="4 + 4 sequences, seconds each")
     parser.add_argument("--seconds", type=float, help="the compared time (80)")
     parser.add_argument("--tune-seconds", type=float, help="of each setting in the first pass (10)")
     parser.add_argument("--sequences", type=int, help="fitted (32)")
     parser.add_argument("--held-out", type=int, help="scored (16)")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, help="of torch")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     defaults = {"seconds": 80.0, "tune_seconds": 10.0, "sequences": 32, "held_out": 16}
     if options.quick:
         defaults = {"seconds": 5.0, "tune_seconds": 1.0, "sequences": 4, "held_out": 4}
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    if options.threads:
-        torch.set_num_threads(options.threads)
     return options
 
 

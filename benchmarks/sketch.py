@@ -13,7 +13,6 @@ The second table divides the rate of the formula by 10 and by 100: how cautious 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,7 +23,7 @@ from torch import Tensor
 from attnreg.curvature.dense import assemble_gauss_newton
 from attnreg.curvature.sketch import RowSample, oversampling
 from attnreg.objective import Point
-from benchmarks.common import RESULTS, machine, print_table, show, write_json
+from benchmarks.common import command_line, machine, parse, print_table, save, show
 from benchmarks.ridged_problem import ridged
 
 SEEDS = 200
@@ -146,19 +145,14 @@ def name(entry: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sketch", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--quick", action="store_true", help="two cases, 20 seeds")
+    parser = command_line("sketch", __doc__, quick="two cases, 20 seeds")
     parser.add_argument("--seeds", type=int, help=f"of the sample ({SEEDS})")
-    parser.add_argument("--threads", type=int, help="of torch")
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = parse(parser, arguments)
     seeds = options.seeds or (20 if options.quick else SEEDS)
     entries = [run(case, seeds) for case in (QUICK if options.quick else CASES)]
     print_cases(entries, seeds)
     content = {"machine": machine(), "setting": {"seeds": seeds}, "cases": entries}
-    write_json(RESULTS / f"sketch{'-quick' if options.quick else ''}.json", content)
+    save("sketch", content, quick=options.quick)
 
 
 if __name__ == "__main__":

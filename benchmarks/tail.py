@@ -12,14 +12,13 @@ doubling at about 1e-15. The order in the last column is taken between accepted 
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, machine, print_table, show, write_json
+from benchmarks.common import command_line, machine, parse, print_table, save, show
 from benchmarks.planted_problem import NOISE, planted
 
 WIDTH, START_TOLERANCE, TOLERANCE, WANTED = 16, 1e-10, 1e-15, 1e-12
@@ -96,16 +95,11 @@ def print_case(case: dict[str, Any]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tail", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--quick", action="store_true", help="one problem")
+    parser = command_line("tail", __doc__, quick="one problem")
     parser.add_argument("--seeds", type=int, help="problems (3)")
     parser.add_argument("--logit-std", type=float, default=4.0)
     parser.add_argument("--seconds", type=float, default=60.0, help="bound on each fit")
-    parser.add_argument("--threads", type=int, help="of torch")
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = parse(parser, arguments)
     seeds = options.seeds or (1 if options.quick else 3)
     cases = []
     for seed in range(seeds):
@@ -116,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "setting": {"width": WIDTH, "noise": EXTRA_NOISE, "tol": TOLERANCE, "dtype": "float64"},
         "cases": cases,
     }
-    write_json(RESULTS / ("tail-quick.json" if options.quick else "tail.json"), content)
+    save("tail", content, quick=options.quick)
 
 
 if __name__ == "__main__":
