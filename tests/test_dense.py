@@ -14,7 +14,7 @@ from attnreg.curvature.dense import (
 from attnreg.fitting import fit
 from attnreg.linear_solve.cg import conjugate_gradients
 from attnreg.linear_solve.cholesky import DenseSolver
-from attnreg.models import Bilinear, attention
+from attnreg.models import Bilinear, attention, features
 from attnreg.solvers import trust_region
 from tests.cases import CASES, MODELS, inputs, moved, planted, twin
 from tests.test_objective import point_of
@@ -46,7 +46,7 @@ def test_blocks_of_rows_and_heads_change_nothing(monkeypatch, model):
     t = twin("ragged, causal, ridges", model)
     whole = assemble_hessian(point_of(t))
     monkeypatch.setattr(attention, "BLOCK_BYTES", 200)
-    monkeypatch.setattr(attention, "CACHE_BYTES", 0)
+    monkeypatch.setattr(features, "CACHE_BYTES", 0)
     monkeypatch.setattr(jacobian, "_CHUNK", 300)
     assert relative(assemble_hessian(point_of(t)), whole) < 1e-12
 
@@ -66,7 +66,7 @@ def test_a_fit_that_assembles_ends_where_products_end(monkeypatch, model):
     assert dense.loss == pytest.approx(products.loss, rel=1e-10)
 
 
-def test_long_rows_of_many_parameters_are_not_worth_assembling():
+def test_assembly_of_more_parameters_costs_more_products():
     small, large = twin("batch", "bilinear"), twin("batch", "grouped, narrow values")
     assert 0 < assembly_cost(point_of(small)) < assembly_cost(point_of(large))
 

@@ -60,7 +60,6 @@ def count(body, point):
 @pytest.mark.parametrize("cached", [True, False])
 def test_products_are_those_that_torch_counts(name, model, dtype, cached, monkeypatch):
     if not cached:
-        monkeypatch.setattr(attention, "CACHE_BYTES", 0)
         monkeypatch.setattr("attnreg.models.features.CACHE_BYTES", 0)
     monkeypatch.setattr(attention, "BLOCK_BYTES", 800)
     point = point_of(MODELS[model], dtype)

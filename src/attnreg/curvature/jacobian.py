@@ -2,8 +2,8 @@ r"""The parts of the dense curvature for layers whose queries, keys and values a
 
 For one row and head write ``x`` for the input of the queries, ``q = x W_Q``, ``O`` for the head's
 rows of the readout, ``mean``, ``P`` and ``N`` for the moments of ``A3`` and ``A2`` under the
-softmax (``Attention.comoments``) and ``u`` for the cotangent of the features. The change of the
-outputs and the second derivative of ``<u, features>`` are, in blocks::
+softmax (``AttentionMoments.comoments``) and ``u`` for the cotangent of the features. The change of
+the outputs and the second derivative of ``<u, features>`` are, in blocks::
 
     d out = (O^T W_V^T P W_K) (dW_Q^T x) + (O^T W_V^T P) (dW_K q) + O^T (dW_V^T mean)
 

@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 
 from attnreg.kronecker import split_blocks
-from attnreg.models.attention import CACHE_BYTES, Attention, Comoments
 from attnreg.models.base import Model
+from attnreg.models.comoments import AttentionMoments, Comoments
 from attnreg.operations import Operations
 from attnreg.problem import AttentionProblem
+
+CACHE_BYTES = 10**9
+"""Softmax matrices are kept between products up to this many bytes in all."""
 
 
 @dataclass(frozen=True)
 class RowMoments:
-    """Moments of ``A3`` and ``A2`` of some rows and heads (see :meth:`Attention.comoments`).
+    """Moments of ``A3`` and ``A2`` of some rows and heads (see :meth:`AttentionMoments.comoments`).
 
     Attributes:
         index: Positions of the rows in :attr:`Features.columns`, ``(k,)``.
@@ -110,7 +113,7 @@ class Features:
             queries, keys, values = model.project(problem, batch, blocks, change=False)
             assert keys is not None
             assert values is not None
-            attention = Attention(
+            attention = AttentionMoments(
                 queries,
                 keys,
                 values,
@@ -168,7 +171,7 @@ class Features:
         return result
 
     def peaks(self, sizes: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """What :meth:`Attention.peaks` gives for a number a key ``(b, m)`` of each batch.
+        """What :meth:`AttentionMoments.peaks` gives for a number a key ``(b, m)`` of each batch.
 
         Returns:
             Largest softmax weight and softmax mean of the numbers, each ``(rows,)``.
@@ -183,7 +186,7 @@ class Features:
     def comoments(
         self, cotangent: Tensor | None, chosen: Tensor | None = None
     ) -> Iterator[RowMoments]:
-        """Moments of ``A2`` and ``A3`` under the softmax of each row and head (see `Attention`).
+        """Moments of ``A2`` and ``A3`` under the softmax, see :meth:`AttentionMoments.comoments`.
 
         Args:
             cotangent: ``(rows, features)``, or None where the third ones are not wanted.
