@@ -152,7 +152,6 @@ class GeometryObserver:
     """
 
     def __init__(self, setting: Setting, coordinates: Coordinates) -> None:
-        self._coordinates = coordinates
         self._static = []
         for s in setting.sequences:
             values = coordinates.values(s.v)
@@ -173,7 +172,7 @@ class GeometryObserver:
         self._rows[rows.index] = [max(a, b) for a, b in zip(old, found, strict=True)]
         weights = rows.w[:, None]
         self._queries += rows.a.hi.mT @ (weights * rows.a.hi)
-        features = self._coordinates.values(rows.p).hi
+        features = rows.f.hi
         self._features += features.mT @ (weights * features)
 
     def result(self) -> Geometry:

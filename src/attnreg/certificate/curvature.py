@@ -84,7 +84,7 @@ class CurvatureObserver:
         if rows.index != self._index:
             self._index, self._keys = rows.index, self._centred(rows.index)
         assert self._keys is not None
-        features = self._coordinates.values(rows.p).hi
+        features = rows.f.hi
         a, r, w = rows.a.hi, rows.r.hi, rows.w[:, None]
         k_size, v_size, w_size = self._keys.sizes
         a_size, r_size, f_size = (part.norm(dim=1) for part in (a, r, features))

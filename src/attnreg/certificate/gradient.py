@@ -58,7 +58,7 @@ class Rows:
         w: Weights, ``(R,)``.
         a: ``a'``, ``(R, r1)``.
         s: Softmax, ``(R, m)``, float64.
-        p: Features ``S A3``, ``(R, d_value)``.
+        f: Features ``S A3 T3``, ``(R, r3)``.
         r: Residuals, ``(R, d_out)``.
         t: ``<Y^T (v_i - p_j), r_j>``, ``(R, m)``, float64.
         pull: ``sum_i s_ji t_ji k'_i``, ``(R, r2)``.
@@ -69,7 +69,7 @@ class Rows:
     w: Tensor
     a: Doubled
     s: Tensor
-    p: Doubled
+    f: Doubled
     r: Doubled
     t: Tensor
     pull: Doubled
@@ -120,7 +120,7 @@ def evaluate(
             weights = rows.w[:, None]
             x = add(x, matmul(rows.a.mT, _weighted(rows.pull, weights)))
             residual = _weighted(rows.r, weights)
-            y = add(y, matmul(coordinates.values(rows.p).mT, residual))
+            y = add(y, matmul(rows.f.mT, residual))
             square = total(multiply(rows.r, residual))
             loss = add(loss, Doubled(square.hi[None, None], square.lo[None, None]))
     ridge_x, ridge_y, ridge = _ridges(setting, coordinates)
@@ -183,7 +183,7 @@ def row_blocks(
             w=sequence.w[chosen],
             a=coordinates.queries(sequence.a[chosen], setting.scale),
             s=e.hi / mass.hi,
-            p=p,
+            f=coordinates.values(p),
             r=r,
             t=t.hi,
             pull=pull,
