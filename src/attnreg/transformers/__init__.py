@@ -1,0 +1,1 @@
+"""Real models: capture, fit, convert, evaluate, load. Needs the extra ``attnreg[hf]``."""
