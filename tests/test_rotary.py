@@ -33,7 +33,8 @@ class LayerTwin:
     def __init__(self, model):
         self.model = model
         self.inputs = [
-            [normal(n, size, seed=10 * i + n) + 0.3 for n in LENGTHS] for i, size in enumerate(SIZES)
+            [normal(n, size, seed=10 * i + n) + 0.3 for n in LENGTHS]
+            for i, size in enumerate(SIZES)
         ]
         self.weights = [normal(n, seed=n).abs() for n in LENGTHS]
         self.scale = 0.6

@@ -113,9 +113,9 @@ class Features:
         for batch, out in zip(
             problem.batches, self._by_batch(self.columns[:, :width]), strict=True
         ):
-            rows = model.project(problem, batch, blocks, change=False)
-            head_map = model.head_map(problem, batch, blocks, rows)
-            queries, keys, values = rows if head_map is None else head_map.apply(rows)
+            projected = model.project(problem, batch, blocks, change=False)
+            head_map = model.head_map(problem, batch, blocks, projected)
+            queries, keys, values = projected if head_map is None else head_map.apply(projected)
             assert keys is not None
             assert values is not None
             attention = AttentionMoments(
@@ -158,6 +158,9 @@ class Features:
         """Derivative of :meth:`vjp` along ``direction`` while the cotangent moves by ``change``.
 
         A head map that is not linear needs the gradients themselves too: one more pass.
+
+        Returns:
+            As :meth:`vjp`.
         """
         curved = any(m is not None and m.curved for m in self._head_maps)
         self.passes += 3 if curved else 2
@@ -178,10 +181,7 @@ class Features:
         return gradient
 
     def row_gradients(self, cotangent: Tensor) -> list[tuple[Tensor, ...]]:
-        """Per batch the gradients by queries, keys and values, before they meet the inputs.
-
-        That is by the results of ``Model.project``: those of a head map are taken back through it.
-        """
+        """Per batch the gradients by what ``Model.project`` gave, before they meet the inputs."""
         self.passes += 1
         result = []
         for _, attention, head_map, u in self._batches(cotangent):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from attnreg.kronecker import ParameterBlock, split_blocks
 from attnreg.models.base import Layout, Model, Parameters, Ridge
-from attnreg.models.checks import checked
+from attnreg.models.checks import as_bias, checked
 from attnreg.models.features import Features
 from attnreg.models.heads import HeadMap, HeadNorm, Rows
 from attnreg.models.inputs import (
@@ -25,9 +24,6 @@ from attnreg.models.inputs import (
 from attnreg.models.rotary import Rotary, rotation
 from attnreg.models.sizes import norm_factors, shaped_sizes
 from attnreg.problem import AttentionProblem, Batch
-
-BIASES = (*PROJECTIONS, "output")
-"""Names of the four biases."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +76,7 @@ class MultiHead(Model):
                 f"kv_heads={self.kv_heads} does not divide heads={self.heads}: every key/value "
                 f"head serves the same number of query heads; choose a divisor of {self.heads}"
             )
-        object.__setattr__(self, "bias", _as_bias(self.bias))
+        object.__setattr__(self, "bias", as_bias(self.bias))
         if self.norm_eps is not None and not 0 <= self.norm_eps < math.inf:
             raise ValueError(
                 f"norm_eps={self.norm_eps!r} was given, a number that is not negative is expected"
@@ -114,9 +110,7 @@ class MultiHead(Model):
             ParameterBlock("value", problem.d_value + self._fits("value"), self._groups, v),
         ]
         if self.norm_eps is not None:
-            blocks += [
-                ParameterBlock(f"gain of {name} heads", 1, 1, e) for name in ("query", "key")
-            ]
+            blocks += [ParameterBlock(name, 1, 1, e) for name in self._gains]
         return Layout(
             tuple(blocks),
             self._groups,
@@ -231,6 +225,9 @@ class MultiHead(Model):
 
         The queries hold the logit scale ``s`` already, so that their norm is taken with
         ``s^2 epsilon`` and multiplied by ``s g_Q``.
+
+        Returns:
+            The map, or None where there is neither.
         """
         if not self._shapes_heads:
             return None
@@ -273,6 +270,9 @@ class MultiHead(Model):
 
         Keys are centred, sequence by sequence, where neither a rotation nor a norm comes after the
         projection: only then does what all keys of a sequence share move no softmax.
+
+        Returns:
+            One matrix for each block.
         """
         keys = key_rows(problem)
         scale = self.logit_scale(problem)
@@ -428,29 +428,12 @@ class MultiHead(Model):
         }
         biases = {f"b_{letter}": name for name, letter in (PROJECTIONS | {"output": "O"}).items()}
         kept = {k: s for k, s in shapes.items() if k not in biases or self._has(biases[k])}
-        return kept | {name: (e,) for name in self._gains}
+        return kept | dict.fromkeys(self._gains, (e,))
 
     def _repeated(self, problem: AttentionProblem, b_v: Tensor) -> Tensor:
         """``b_V`` once per query head."""
         per_head = b_v.view(self._groups, -1)
         return per_head.repeat_interleave(self.heads // self._groups, dim=0).flatten()
-
-
-def _as_bias(bias: bool | Sequence[str]) -> bool | tuple[str, ...]:
-    """The names in their order; True for all, False for none.
-
-    Raises:
-        ValueError: If it is none of these.
-    """
-    if isinstance(bias, bool):
-        return bias
-    if isinstance(bias, str) or not set(bias) <= set(BIASES):
-        raise ValueError(
-            f"bias={bias!r} was given, True, False or a tuple of names out of {list(BIASES)} is "
-            "expected"
-        )
-    names = tuple(name for name in BIASES if name in bias)
-    return len(names) == len(BIASES) if len(names) in (0, len(BIASES)) else names
 
 
 def _mean_square(problem: AttentionProblem) -> float:

@@ -152,11 +152,8 @@ class MeanRotation:
         turn = torch.zeros(width, width, dtype=torch.float64)  # J
         turn[first, second], turn[second, first] = -1.0, 1.0
         self._turn = turn
-        self._tables = tuple(
-            left.mT @ (share[:, None] * right)
-            for left in (cosine, sine)
-            for right in (cosine, sine)
-        )
+        both = (cosine, sine)
+        self._tables = tuple(a.mT @ (share[:, None] * b) for a in both for b in both)
         self._mean = torch.diag(share @ cosine) + (share @ sine)[:, None] * turn
 
     def forward(self, moments: Tensor) -> Tensor:
