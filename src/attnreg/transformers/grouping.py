@@ -181,19 +181,15 @@ def with_heads(
         assert contributions is not None
         units = [(h,) for own in heads for h in own]
         classes = [i for i, own in enumerate(heads) for _ in own]
-        kept = contributions.kept(
-            units, classes, dict.fromkeys(range(len(heads)), wanted)
-        )
-        heads = [
-            tuple(units[k][0] for k in kept if classes[k] == i) for i in range(len(heads))
-        ]
+        kept = contributions.kept(units, classes, dict.fromkeys(range(len(heads)), wanted))
+        heads = [tuple(units[k][0] for k in kept if classes[k] == i) for i in range(len(heads))]
     return [Group(part, own) for part, own in zip(members, heads, strict=True)]
 
 
 def _energy(family: Family) -> float:
     """Squared size of all forms."""
     own = family.right_gram.diagonal(dim1=0, dim2=1).permute(2, 0, 1)
-    return float((by_kv_head(family).conj() * own).sum().real)
+    return float((by_kv_head(family) * own).sum().real)
 
 
 def _common(family: Family, pair: tuple[int, int], columns: slice) -> float:

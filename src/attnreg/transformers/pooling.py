@@ -174,7 +174,9 @@ def aligned(right: Tensor, left: Tensor) -> Combination:
 def balanced(right: Tensor, left: Tensor, made: Combination) -> Combination:
     """The same forms with left and right columns of equal energy."""
     new_right, new_left = moments_of(right, left, made)
-    energies = (m[..., :, :].diagonal(dim1=-2, dim2=-1).real.flatten() for m in (new_left, new_right))
+    energies = (
+        m[..., :, :].diagonal(dim1=-2, dim2=-1).real.flatten() for m in (new_left, new_right)
+    )
     by_left, by_right = energies
     usable = (by_left > 0) & (by_right > 0)
     size = torch.where(usable, (by_left / by_right) ** 0.25, 1.0)
