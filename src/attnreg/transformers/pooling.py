@@ -117,6 +117,8 @@ def truncated(right: Tensor, left: Tensor, rank: int, scale: Tensor | None = Non
         Coefficients in the gauge where left and right columns have equal energy. Columns beyond
         the rank of the forms are zero.
     """
+    if rank == 0:
+        return Combination(left.new_zeros(*left.shape[:2], 0), left.new_zeros(*left.shape[:2], 0))
     scale = torch.ones_like(left[0, 0]) if scale is None else scale.to(left)
     left = scale.conj()[:, None] * left * scale
     energy, root = _stacked(right, left)
@@ -152,7 +154,7 @@ def aligned(right: Tensor, left: Tensor) -> Combination:
     Raises:
         NotApplicable: If the columns of a right factor are linearly dependent on the inputs.
     """
-    r, w = left.shape[:2]
+    r = len(left)
     white = torch.stack([_inverse_root(right[g, g], g) for g in range(r)])
     inverse = torch.linalg.inv(white)
     weight = inverse @ left.conj() @ inverse.mH
