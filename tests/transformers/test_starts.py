@@ -304,7 +304,9 @@ def test_alignment_is_not_beaten_by_nearby_turns():
     """Unweighted it is generalised Procrustes: no small rotation of a head lowers the spread."""
     _, right, _, z, _, b = random_family()
     white = [z @ k @ torch.linalg.inv(torch.linalg.cholesky(k.mT @ z.mT @ z @ k)).mT for k in right]
-    a = torch.stack([k.mT @ z.mT @ z @ k for k in right])  # the same energy in every direction
+    a = torch.stack(
+        [torch.linalg.inv(k.mT @ z.mT @ z @ k) for k in right]
+    )  # the same energy in every direction
     made = pooling.aligned(b, a)
 
     def spread(heads):
@@ -412,7 +414,7 @@ def test_distances_are_the_lost_shares():
 def visible_mean(problem, f):
     """Mean of ``e^{i f d}`` over the visible pairs, one by one."""
     terms = [
-        torch.polar(torch.ones(()).double(), torch.tensor(f * (j - i)).double())
+        torch.polar(torch.ones(()).double(), torch.tensor(f * (j - i), dtype=torch.float64))
         for n, _ in problem.lengths
         for i in range(n)
         for j in range(i + 1)

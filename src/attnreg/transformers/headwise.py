@@ -4,8 +4,8 @@ A bias is one more row of its matrix, for a constant input of 1. A pair of coord
 by rotary position embedding is one complex column: with ``q = x W_Q`` and ``k = z W_K`` read as
 complex numbers the logit of positions ``i, j`` is ``sum_f Re(conj(q_f) k_f e^{i f (j - i)})``, so
 that pair ``f`` of a head is the form ``conj(W_Qf) W_Kf^T`` of rank one. Only a complex factor a
-pair commutes with the turning. The size of a form is taken as if phases were spread evenly, which leaves
-``||G1^{1/2} X G2^{1/2}||_F``; for slow pairs on short texts that is a heuristic.
+pair commutes with the turning. The size of a form is taken as if phases were spread evenly, which
+leaves ``||G1^{1/2} X G2^{1/2}||_F``; for slow pairs on short texts that is a heuristic.
 
 Keys that do not turn are centred in their metric, values too where the output has a bias.
 """
@@ -130,7 +130,9 @@ def check_student(problem: AttentionProblem, teacher: MultiHead, student: MultiH
                 f"the student has {name}={new} and the original {old}: a start from its weights "
                 "has not more"
             )
-    missing = sorted(set(bias_names(teacher)) - set(bias_names(student)))
+    missing = [
+        n for n in NAMES.values() if n in set(bias_names(teacher)) - set(bias_names(student))
+    ]
     if missing:
         raise ValueError(
             f"the original has a bias of {' and '.join(missing)} and the student has none: give it "
@@ -151,8 +153,8 @@ def check_student(problem: AttentionProblem, teacher: MultiHead, student: MultiH
         turning = turning_width(old_rotary), turning_width(new_rotary)
         if turning[1] > turning[0] or want[2] - turning[1] > have[2] - turning[0]:
             raise ValueError(
-                f"heads of {have[2]} coordinates, {turning[0]} of them turning, were given, and the "
-                f"student has {want[2]} and {turning[1]}: not more of either kind is expected"
+                f"heads of {have[2]} coordinates, {turning[0]} of them turning, were given, and "
+                f"the student has {want[2]} and {turning[1]}: not more of either kind is expected"
             )
 
 

@@ -17,9 +17,10 @@ so the inputs' widths drop out: the functions here see the Gram matrix of the ri
 
 `truncated` is the best approximation of all forms of the family with one right factor: by Eckart
 and Young its span is the leading right singular space of the stacked forms. `aligned` keeps the
-left factors up to gauge: the right factors are made white, turned onto each other (generalised
-Procrustes; a descent, not a global minimum), and averaged with the left factors' energies as
-weights. Both are exact where all right factors are one up to gauge.
+left factors up to gauge: the right factors are made white, turned onto each other, and averaged
+with the left factors' energies as weights. With equal energies the turns are generalised
+Procrustes, a descent to a local minimum; with others each turn is the best one for its weights, and
+the repetition is a heuristic. Both are exact where all right factors are one up to gauge.
 """
 
 from __future__ import annotations
