@@ -2,13 +2,14 @@
 
 :meth:`Checkpoint.open` looks at everything that can be wrong with a folder (configuration, index,
 headers and sizes of the weight files, names and shapes of the tensors) before anything is computed.
-Names are those of the model's ``state_dict``, whatever prefix the file uses; tied weights are stored
-once and are found under each of their names.
+Names are those of the model's ``state_dict``, whatever prefix the file uses; tied weights are
+stored once and are found under each of their names.
 """
 
 from __future__ import annotations
 
 import copy
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -67,7 +68,7 @@ class Checkpoint:
         self.dtype = numbers.most_common(1)[0][0]
 
     @classmethod
-    def open(cls, source: str | Path) -> Checkpoint:
+    def open(cls, source: str | os.PathLike[str]) -> Checkpoint:
         """Opens a folder, or a model of the hub, and checks it.
 
         Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from attnreg.transformers.checkpoint import Checkpoint
 
 
-def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> nn.Module:
+def load(folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> nn.Module:
     """Loads a model.
 
     A folder with an ``attnreg.json`` is built with the attention shapes that stand there; any other

@@ -2,8 +2,8 @@
 
 A parameter on the meta device has a shape and a dtype but no values, so a model of any size is
 built in a moment. Buffers that are not stored (frequencies, position numbers, causal masks) are
-computed as the constructor does: they are small, and no file has them. Filling a parameter keeps its
-identity, so tied weights stay tied.
+computed as the constructor does: they are small, and no file has them. Filling a parameter keeps
+its identity, so tied weights stay tied.
 """
 
 from __future__ import annotations

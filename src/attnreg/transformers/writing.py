@@ -160,10 +160,8 @@ def _largest_file(checkpoint: Checkpoint) -> int:
 
 
 def _config_text(checkpoint: Checkpoint, config: Any, dtype: torch.dtype | None) -> str:
-    """The checkpoint's ``config.json`` with what differs between the two configurations.
-
-    Keys of another version of transformers stay, so that the new folder loads where the old did.
-    """
+    """The checkpoint's ``config.json`` with what differs between the two configurations."""
+    # Keys of another version of transformers stay: the new folder loads wherever the old one did.
     before, after = checkpoint.config.to_dict(), config.to_dict()
     text = shards.read_json(checkpoint.folder / CONFIG)
     for key in before.keys() - after.keys():
