@@ -365,9 +365,9 @@ def test_numbers_that_are_not_finite_are_refused(llama: Path) -> None:
 
 def test_a_tensor_that_is_not_there_is_refused_by_name(folders: Path) -> None:
     checkpoint = Checkpoint.open(folders / "llama")
-    with pytest.raises(ValueError, match="has no tensor 'model.layers.9.mlp'"):
+    with pytest.raises(ValueError, match=r"has no tensor 'model.layers.9.mlp'"):
         checkpoint.tensors(["model.layers.9.mlp"])
-    with pytest.raises(ValueError, match="has no tensor 'wrong.0.self_attn"):
+    with pytest.raises(ValueError, match=r"has no tensor 'wrong.0.self_attn"):
         checkpoint.load_into(checkpoint.skeleton().model.layers, "wrong")
 
 
@@ -399,7 +399,7 @@ def offline_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_without_network_a_hub_name_is_refused_with_what_to_do(offline_cache: Path) -> None:
-    with pytest.raises(ValueError, match="no folder 'owner/model'.*point at a local folder") as e:
+    with pytest.raises(ValueError, match=r"no folder 'owner/model'.*point at a local folder") as e:
         Checkpoint.open("owner/model")
     assert "\n" not in str(e.value)
 
