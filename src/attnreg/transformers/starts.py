@@ -5,8 +5,8 @@ A start is a choice of three parts. *Grouping*: which key/value heads one of the
 *Pooling* of each group's keys and values: ``mean``, ``first``, ``aligned``, ``svd``
 (:mod:`attnreg.transformers.pooling`). *Truncation* to narrower heads: the best of that width
 (``svd``; with rotary embedding ``1/d^p`` names the weight of a distance, see
-:mod:`attnreg.transformers.frequencies`), or single turning pairs as they are (``pairs``). Query heads
-in excess are dropped by measured contribution (:mod:`attnreg.transformers.grouping`).
+:mod:`attnreg.transformers.frequencies`), or single turning pairs as they are (``pairs``). Query
+heads in excess are dropped by measured contribution (:mod:`attnreg.transformers.grouping`).
 
 Which start is best is measured, with ``W_O`` solved by least squares, as the metrics that make them
 are those of logits and values, not of the output.
@@ -252,7 +252,7 @@ def _groupings(task: _Task) -> Iterator[tuple[str, Callable[[], list[Group]]]]:
 def _ways(
     task: _Task, prefix: str, groups: list[Group]
 ) -> Iterator[tuple[str, str | None, float | None]]:
-    """Name, pooling (None: each head stays alone), and the decay of distances (None: pairs are selected)."""
+    """Name, pooling (None: heads stay alone), decay of distances (None: pairs are selected)."""
     alone = all(len(group.members) == 1 for group in groups)
     fewer = sizes(task.problem, task.student)[0] < sizes(task.problem, task.teacher)[0]
     old, new = rotary_of(task.teacher), rotary_of(task.student)
