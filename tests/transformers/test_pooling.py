@@ -110,14 +110,20 @@ def causal(mask="causal"):
 
 def visible_mean(problem, f, decay=0.0):
     """Weighted mean of ``e^{i f d}`` over the visible pairs, one by one."""
-    pairs = [(i, j) for n, _ in problem.lengths for i in range(n) for j in range(i + 1)]
+    pairs = [
+        (i, j)
+        for n, _ in problem.lengths
+        for i in range(n)
+        for j in range(max(0, i + 1 - (problem.window or n)), i + 1)
+    ]
     weights = [(1.0 + i - j) ** -decay for i, j in pairs]
     terms = [w * cmath.exp(1j * f * (j - i)) for w, (i, j) in zip(weights, pairs, strict=True)]
     return torch.tensor(sum(terms) / sum(weights), dtype=torch.complex128)
 
 
-def test_transfer_is_a_least_squares_fit_over_the_visible_distances():
-    problem = causal()
+@pytest.mark.parametrize("mask", ["causal", ("causal", 4)])
+def test_transfer_is_a_least_squares_fit_over_the_visible_distances(mask):
+    problem = causal(mask)
     old, new = (1.0, 0.4, 0.05), (1.0, 0.1)
     found = frequencies.transfer(problem, Rotary(old), Rotary(new), 2.0)
     among = torch.stack(

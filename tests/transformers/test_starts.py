@@ -362,3 +362,18 @@ def test_float32_and_determinism():
     for name, value in one.weights.items():
         assert value.dtype == torch.float32
         assert torch.equal(value, two.weights[name])
+
+
+def test_norms_leave_mean_first_and_dropping():
+    """Under norms dropping is exact still, and what needs a gauge is noted."""
+    teacher = MultiHead(8, 4, 4, 3, bias=False, rotary=turning((1.0, 0.3)), norm_eps=1e-6)
+    weights = random_weights(teacher)
+    weights["W_O"][2 * 3 : 4 * 3] = 0.0
+    problem = problem_of(teacher, weights)
+    start = best_start(problem, teacher, weights, dataclasses.replace(teacher, heads=6, kv_heads=3))
+    assert start.tried["dropped"] < LOSSLESS
+    start = best_start(problem, teacher, weights, dataclasses.replace(teacher, kv_heads=2))
+    assert {"mean", "first"} <= set(start.tried)
+    assert "no gauge" in start.notes["aligned"]
+    assert "no gauge" in start.notes["svd"]
+    assert torch.equal(start.weights["g_K"], weights["g_K"])

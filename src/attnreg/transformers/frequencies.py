@@ -90,6 +90,8 @@ def _correlations(problem: AttentionProblem, left: Tensor, right: Tensor, decay:
     for n, times in counts.items():
         distance = torch.arange(1 - n, n)  # key minus query
         seen = (n - distance.abs()) * times * (distance <= 0 if problem.causal else 1)
+        if problem.window is not None:
+            seen = seen * (distance > -problem.window)
         total[middle + distance] += seen
     distance = torch.arange(len(total), dtype=torch.float64) - middle
     total *= (1.0 + distance.abs()) ** -decay

@@ -341,37 +341,11 @@ def _combined(
         return made.then(pooling.truncated(*pooling.moments_of(right, left, made), rank))
     same = torch.equal(scales, torch.eye(width, dtype=scales.dtype, device=scales.device))
     if pool == "svd" or (pool is None and not same):
-        return _turned(right, left, scales)
-    made = _by_column(right, left, _POOLINGS[pool or "mean"])
+        return pooling.ranks_one(right, left, scales)
+    made = pooling.by_column(right, left, _POOLINGS[pool or "mean"])
     if same:
         return made
-    return made.then(_turned(*pooling.moments_of(right, left, made), scales))
-
-
-def _by_column(
-    right: Tensor, left: Tensor, pool: Callable[[Tensor, Tensor], Combination]
-) -> Combination:
-    """A pooling of every turning pair on its own."""
-    new_right, new_left = torch.zeros_like(left), torch.zeros_like(left)
-    for c in range(left.shape[-1]):
-        one = slice(c, c + 1)
-        made = pool(right[..., one, one], left[..., one, one])
-        new_right[:, one, one], new_left[:, one, one] = made.right, made.left
-    return Combination(new_right, new_left)
-
-
-def _turned(right: Tensor, left: Tensor, scales: Tensor) -> Combination:
-    """For each of the student's pairs the best form of rank one."""
-    r, width = left.shape[:2]
-    new_right = left.new_zeros(r, width, len(scales))
-    new_left = torch.zeros_like(new_right)
-    for c, scale in enumerate(scales):
-        used = (scale != 0).nonzero()[:, 0]
-        made = pooling.truncated(
-            right[..., used, :][..., used], left[..., used, :][..., used], 1, scale[used]
-        )
-        new_right[:, used, c], new_left[:, used, c] = made.right[..., 0], made.left[..., 0]
-    return Combination(new_right, new_left)
+    return made.then(pooling.ranks_one(*pooling.moments_of(right, left, made), scales))
 
 
 def _scales(task: _Task, right: Tensor, left: Tensor, decay: float | None) -> Tensor:
