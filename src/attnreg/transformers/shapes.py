@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from attnreg.models.rotary import Rotary
+
+BIASES = ("query", "key", "value", "output")
 
 
 @dataclass(frozen=True)
@@ -35,3 +40,102 @@ class AttentionShape:
     biases: tuple[str, ...] = ()
     rotary: Rotary | None = None
     norm_eps: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("width", "heads", "kv_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"{self.kv_heads} key/value heads do not divide {self.heads} heads: choose one of "
+                + ", ".join(str(g) for g in range(1, self.heads + 1) if self.heads % g == 0)
+            )
+        unknown = set(self.biases) - set(BIASES)
+        if unknown:
+            raise ValueError(f"biases {sorted(unknown)} are unknown; expected some of {BIASES}")
+
+    def student(
+        self,
+        kv_heads: int | None = None,
+        heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        rotary: Rotary | None = None,
+    ) -> AttentionShape:
+        """The shape with other sizes; what is None stays.
+
+        A logit scale of ``head_dim ** -0.5`` follows the head size, any other stays. Rotary
+        frequencies follow from a model's configuration, which a shape does not hold: where they
+        change, :meth:`attnreg.transformers.adapters.Adapter.shape` gives the student's shape.
+
+        Returns:
+            The student's shape.
+
+        Raises:
+            ValueError: If a size is impossible, or the head size of a layer with rotary position
+                embedding changes and ``rotary`` is not given.
+        """
+        size = self.head_dim if head_dim is None else head_dim
+        if self.rotary is not None and size != self.head_dim and rotary is None:
+            raise ValueError(
+                f"head_dim {self.head_dim} -> {size} changes the rotary frequencies: give `rotary`, "
+                "or take the shape from Adapter.shape(config, layer, head_dim=...)"
+            )
+        follows = math.isclose(self.scale, self.head_dim**-0.5, rel_tol=1e-12)
+        return replace(
+            self,
+            kv_heads=self.kv_heads if kv_heads is None else kv_heads,
+            heads=self.heads if heads is None else heads,
+            head_dim=size,
+            scale=size**-0.5 if follows else self.scale,
+            rotary=self.rotary if rotary is None else rotary,
+        )
+
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the layer's weights, ``y = x W + b``."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {
+            "W_Q": (self.width, queries),
+            "W_K": (self.width, keys),
+            "W_V": (self.width, keys),
+            "W_O": (queries, self.width),
+        }
+        for name, letter, size in zip(
+            BIASES, "QKVO", (queries, keys, keys, self.width), strict=True
+        ):
+            if name in self.biases:
+                shapes[f"b_{letter}"] = (size,)
+        if self.norm_eps is not None:
+            shapes |= {"g_Q": (self.head_dim,), "g_K": (self.head_dim,)}
+        return shapes
+
+    def mask(self) -> str | tuple[str, int] | None:
+        """The mask of :class:`attnreg.AttentionProblem` that the layer has."""
+        if not self.causal:
+            return None
+        return "causal" if self.window is None else ("causal", self.window)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, which JSON holds without loss."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AttentionShape:
+        """The shape of :meth:`to_dict`, also after a round trip through JSON.
+
+        Returns:
+            An equal shape.
+
+        Raises:
+            ValueError: If names are missing or unknown.
+        """
+        given = dict(values)
+        try:
+            if given.get("rotary") is not None:
+                rotary = dict(given["rotary"])
+                rotary["frequencies"] = tuple(rotary["frequencies"])
+                given["rotary"] = Rotary(**rotary)
+            given["biases"] = tuple(given.get("biases", ()))
+            return cls(**given)
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"not the shape of an attention layer: {error}") from None

@@ -49,8 +49,23 @@ class Adapter(ABC):
         """
 
     @abstractmethod
-    def shape(self, config: Any, layer: int) -> AttentionShape:
-        """The shape of a layer, from the configuration alone."""
+    def shape(
+        self,
+        config: Any,
+        layer: int,
+        *,
+        kv_heads: int | None = None,
+        heads: int | None = None,
+        head_dim: int | None = None,
+    ) -> AttentionShape:
+        """The shape of a layer, from the configuration alone; with sizes, that of a student.
+
+        The scale and the rotary frequencies are those that transformers derives for the sizes.
+
+        Raises:
+            ValueError: If a size is impossible, or the configuration has something that cannot be
+                represented exactly.
+        """
 
     @abstractmethod
     def read(self, block: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,167 @@
+"""BERT and RoBERTa (MiniLM's sentence encoders are BERTs): full heads with biases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from attnreg.transformers.adapters.base import Adapter, NotExpressible, register
+from attnreg.transformers.adapters.modules import (
+    check_sizes_only,
+    check_weights,
+    put_grouped,
+    put_linear,
+    read_linear,
+    uniform,
+)
+from attnreg.transformers.shapes import BIASES, AttentionShape
+
+
+@register
+class BertAdapter(Adapter):
+    """The encoders (and, with ``is_decoder``, decoders) that share BERT's block."""
+
+    model_types = ("bert", "roberta")
+
+    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The encoder's layers."""
+        return list(model.base_model.encoder.layer)
+
+    def attention(self, block: nn.Module) -> nn.Module:
+        """The block's ``attention``: projections, output and its norm."""
+        return block.attention
+
+    def taps(self, block: nn.Module) -> tuple[nn.Module, nn.Module]:
+        """The query and the output projection."""
+        return block.attention.self.query, block.attention.output.dense
+
+    def shape(
+        self,
+        config: Any,
+        layer: int,
+        *,
+        kv_heads: int | None = None,
+        heads: int | None = None,
+        head_dim: int | None = None,
+    ) -> AttentionShape:
+        """See :meth:`Adapter.shape`.
+
+        Raises:
+            ValueError: If a size is impossible, or the configuration has something that cannot be
+                represented exactly.
+        """
+        return encoder_shape(config, kv_heads, heads, head_dim)
+
+    def read(self, block: nn.Module) -> dict[str, Tensor]:
+        """Copies of the weights."""
+        weights: dict[str, Tensor] = {}
+        for name, letter in (("query", "Q"), ("key", "K"), ("value", "V")):
+            weights |= read_linear(getattr(block.attention.self, name), letter)
+        return weights | read_linear(block.attention.output.dense, "O")
+
+    def write(self, block: nn.Module, weights: Mapping[str, Tensor], shape: AttentionShape) -> None:
+        """See :meth:`Adapter.write`.
+
+        Raises:
+            ValueError: If the weights do not fit the shape, or it differs from the module's in more
+                than its sizes.
+        """
+        inner = block.attention.self
+        write_encoder(inner, weights, replace(shape, causal=False) if inner.is_decoder else shape)
+        put_linear(block.attention.output, "dense", weights["W_O"], weights["b_O"])
+
+    def student_config(self, config: Any, shapes: Sequence[AttentionShape]) -> Any:
+        """See :meth:`Adapter.student_config`.
+
+        Raises:
+            NotExpressible: If the shapes are not the original's.
+        """
+        return unchanged_config(self, config, shapes)
+
+
+def encoder_shape(
+    config: Any, kv_heads: int | None, heads: int | None, head_dim: int | None
+) -> AttentionShape:
+    """The shape of BERT's attention: biases, full heads, no positions in the attention.
+
+    Returns:
+        The shape, of the sizes given.
+
+    Raises:
+        ValueError: If there are relative positions or attention to another sequence.
+    """
+    position = getattr(config, "position_embedding_type", None) or "absolute"
+    if position != "absolute":
+        raise ValueError(
+            f"position_embedding_type {position!r} puts positions into the logits, which is not "
+            "supported; expected 'absolute'"
+        )
+    if getattr(config, "add_cross_attention", False):
+        raise ValueError(
+            "layers that attend to another sequence (add_cross_attention) are not supported"
+        )
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"{config.num_attention_heads} heads do not divide the width {config.hidden_size}"
+        )
+    full = config.num_attention_heads if heads is None else heads
+    size = config.hidden_size // config.num_attention_heads if head_dim is None else head_dim
+    return AttentionShape(
+        width=config.hidden_size,
+        heads=full,
+        kv_heads=full if kv_heads is None else kv_heads,
+        head_dim=size,
+        scale=size**-0.5,
+        causal=bool(getattr(config, "is_decoder", False)),
+        biases=BIASES,
+    )
+
+
+def write_encoder(inner: nn.Module, weights: Mapping[str, Tensor], shape: AttentionShape) -> None:
+    """Exchanges ``query``, ``key`` and ``value`` of a module like BERT's and sets its sizes.
+
+    Raises:
+        ValueError: If the weights do not fit the shape, or it has what the module cannot compute.
+    """
+    derived = AttentionShape(
+        width=inner.query.in_features,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        scale=shape.head_dim**-0.5,
+        causal=False,
+        biases=BIASES,
+    )
+    check_sizes_only(shape, derived)
+    check_weights(weights, shape)
+    put_linear(inner, "query", weights["W_Q"], weights["b_Q"])
+    put_grouped(inner, "key", weights["W_K"], weights["b_K"], shape)
+    put_grouped(inner, "value", weights["W_V"], weights["b_V"], shape)
+    inner.num_attention_heads = shape.heads
+    inner.attention_head_size = shape.head_dim
+    inner.all_head_size = shape.heads * shape.head_dim
+    if hasattr(inner, "scaling"):
+        inner.scaling = shape.scale
+
+
+def unchanged_config(adapter: Adapter, config: Any, shapes: Sequence[AttentionShape]) -> Any:
+    """The configuration itself, for families that express no other sizes than the original's.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        NotExpressible: If the sizes are others.
+    """
+    shape = uniform(config, list(shapes))
+    own = adapter.shape(config, 0)
+    if (shape.heads, shape.kv_heads, shape.head_dim) != (own.heads, own.kv_heads, own.head_dim):
+        raise NotExpressible(
+            f"{type(config).__name__} knows neither key/value heads nor a head size of its own: "
+            f"{shape.heads} heads, {shape.kv_heads} key/value heads of {shape.head_dim} load with "
+            "attnreg.load"
+        )
+    return config
