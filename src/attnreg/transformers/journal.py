@@ -102,7 +102,8 @@ class Journal:
             if metadata.get("journal") != self.digest:
                 raise ValueError(f"{path} belongs to another journal")
         except ValueError:
-            self.notes.append(f"{path.name} of the journal is damaged: this piece is done again")
+            note = f"{path.name} of the journal is damaged: this piece is done again"
+            self.notes += [] if note in self.notes else [note]
             return None
         return tensors, metadata["record"]
 

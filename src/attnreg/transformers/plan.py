@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from attnreg.transformers.adapters import Adapter
 from attnreg.transformers.shapes import AttentionShape
 
 KEYS = ("kv_heads", "heads", "head_dim")
@@ -48,8 +49,16 @@ class Setting:
         """The sizes that are given, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
-    def student(self, shape: AttentionShape) -> AttentionShape:
+    def student(
+        self, adapter: Adapter, config: Any, layer: int, shape: AttentionShape
+    ) -> AttentionShape:
         """The student's shape of a layer.
+
+        Args:
+            adapter: The adapter of the model's family.
+            config: The original's configuration, from which frequencies and scale follow.
+            layer: Number of the layer.
+            shape: The original's shape of it.
 
         Returns:
             ``shape`` with the given sizes.
@@ -57,9 +66,16 @@ class Setting:
         Raises:
             ValueError: If a size is larger than the original's or the sizes do not go together.
         """
-        if not self.given():
+        for name, value in self.given().items():
+            if value > getattr(shape, name):
+                raise ValueError(
+                    f"{name} = {value} was given, the original has {getattr(shape, name)}: "
+                    "expected a smaller number"
+                )
+        sizes = {name: getattr(shape, name) for name in KEYS} | self.given()
+        if all(getattr(shape, name) == value for name, value in sizes.items()):
             return shape
-        return shape.student(**self.given())
+        return adapter.shape(config, layer, **sizes)
 
     @classmethod
     def of(cls, values: Mapping[str, Any], where: str) -> Setting:
@@ -99,10 +115,14 @@ class Plan:
     layers: Mapping[int, Setting] = field(default_factory=dict)
     only: frozenset[int] | None = None
 
-    def shapes(self, original: Sequence[AttentionShape]) -> tuple[AttentionShape, ...]:
+    def shapes(
+        self, adapter: Adapter, config: Any, original: Sequence[AttentionShape]
+    ) -> tuple[AttentionShape, ...]:
         """The student's shapes.
 
         Args:
+            adapter: The adapter of the model's family.
+            config: The original's configuration.
             original: The original's, one for each application of a block.
 
         Returns:
@@ -124,7 +144,7 @@ class Plan:
             if self.only is not None and number not in self.only:
                 setting = Setting()
             try:
-                shapes.append(setting.student(shape))
+                shapes.append(setting.student(adapter, config, number, shape))
             except ValueError as error:
                 raise ValueError(f"layer {number}: {error}") from error
         if tuple(shapes) == tuple(original):
@@ -277,26 +297,3 @@ def _undominated(
             kept[cost] = states[cost]
             least = states[cost][0]
     return kept
-
-
-def candidates(shape: AttentionShape, settings: Iterable[Setting] = ()) -> tuple[Setting, ...]:
-    """The settings that a layer may have, the original's among them.
-
-    Args:
-        shape: The original's shape.
-        settings: Those to consider; none: every smaller number of key/value heads that divides the
-            original's.
-
-    Returns:
-        Settings without repetitions, the unchanged one first.
-
-    Raises:
-        ValueError: If one does not suit the shape.
-    """
-    given = tuple(settings) or tuple(
-        Setting(kv_heads=g) for g in range(shape.kv_heads - 1, 0, -1) if shape.kv_heads % g == 0
-    )
-    found = {shape: Setting()}
-    for setting in given:
-        found.setdefault(setting.student(shape), setting)
-    return tuple(found.values())

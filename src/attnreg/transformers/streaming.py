@@ -74,6 +74,7 @@ class Blockwise:
         dtype: What to compute in.
 
     Attributes:
+        device: Where it computes.
         offsets: Where each window's rows begin, and the number of rows.
         applications: For each application of a block the name of the block.
     """
@@ -87,7 +88,7 @@ class Blockwise:
         spill: Path | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self._checkpoint, self._ids, self._device = checkpoint, ids, device
+        self._checkpoint, self._ids, self.device = checkpoint, ids, device
         self._spill, self._dtype = spill, dtype
         self.adapter = adapter_for(checkpoint.config)
         self.offsets = [0]
@@ -113,7 +114,7 @@ class Blockwise:
         """A block with the original's weights; a new one each time."""
         block = copy.deepcopy(self._templates[name])
         self._checkpoint.load_into(block, name, self._dtype)
-        return block.eval().to(self._device)
+        return block.eval().to(self.device)
 
     def start(self) -> Tensor:
         """Hidden states before the first block."""
@@ -196,41 +197,43 @@ class Blockwise:
         return head is not None and type(self._model).__name__.endswith(("CausalLM", "LMHeadModel"))
 
     @torch.no_grad()
-    def losses(self, rows: Tensor) -> Tensor:
+    def losses(self, rows: Tensor, windows: Sequence[int]) -> Tensor:
         """Negative log likelihood of every next token.
 
         Args:
             rows: Hidden states after the last block.
+            windows: Numbers of the windows that are scored.
 
         Returns:
-            ``(tokens - windows,)``, float64, nats, window by window.
+            ``(tokens - windows,)``, float64, nats, in the order of ``windows``.
         """
-        parts: list[Tensor] = [torch.empty(0)] * len(self._ids)
-        for batch in self._batches(HEAD_TOKENS):
+        parts: dict[int, Tensor] = {}
+        for batch in self._batches(HEAD_TOKENS, windows):
             logits = self._finish(self._model, batch, rows).logits
             for logit, window in zip(logits, batch, strict=True):
                 following = torch.tensor(self._ids[window][1:], device=logits.device)
                 scores = logit[: len(following)].float()
                 loss = nn.functional.cross_entropy(scores, following, reduction="none")
                 parts[window] = loss.double().cpu()
-        return torch.cat(parts)
+        return torch.cat([parts[window] for window in windows])
 
     @torch.no_grad()
-    def pooled(self, rows: Tensor) -> Tensor:
+    def pooled(self, rows: Tensor, windows: Sequence[int]) -> Tensor:
         """Mean of each window's final hidden states.
 
         Args:
             rows: Hidden states after the last block.
+            windows: Numbers of the windows that are pooled.
 
         Returns:
-            ``(windows, width)``, float64.
+            ``(len(windows), width)``, float64.
         """
-        parts: list[Tensor] = [torch.empty(0)] * len(self._ids)
-        for batch in self._batches(BATCH_TOKENS):
+        parts: dict[int, Tensor] = {}
+        for batch in self._batches(BATCH_TOKENS, windows):
             final = self._finish(self._model.base_model, batch, rows).last_hidden_state
             for hidden, window in zip(final, batch, strict=True):
                 parts[window] = hidden[: len(self._ids[window])].double().mean(0).cpu()
-        return torch.stack(parts)
+        return torch.stack([parts[window] for window in windows])
 
     # ------------------------------------------------------------------ pieces
 
@@ -250,10 +253,11 @@ class Blockwise:
             hidden = self._final
         return (hidden,) if self._tuple else hidden
 
-    def _batches(self, limit: int) -> Iterator[list[int]]:
+    def _batches(self, limit: int, windows: Sequence[int] | None = None) -> Iterator[list[int]]:
         """Windows of similar lengths, at most ``limit`` tokens with padding (or one window)."""
         batch: list[int] = []
-        for window in sorted(range(len(self._ids)), key=lambda i: (-len(self._ids[i]), i)):
+        chosen = range(len(self._ids)) if windows is None else windows
+        for window in sorted(chosen, key=lambda i: (-len(self._ids[i]), i)):
             if batch and len(self._ids[batch[0]]) * (len(batch) + 1) > limit:
                 yield batch
                 batch = []
@@ -268,7 +272,7 @@ class Blockwise:
         for row, window in enumerate(batch):
             ids[row, : len(self._ids[window])] = torch.tensor(self._ids[window])
             mask[row, : len(self._ids[window])] = 1
-        return {"input_ids": ids.to(self._device), "attention_mask": mask.to(self._device)}
+        return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
 
     @torch.no_grad()
     def _reach(self, batch: Sequence[int], application: int) -> _Reached:
@@ -301,7 +305,7 @@ class Blockwise:
         shape = (self.offsets[-1], self._width)
         size = shape[0] * shape[1]
         if self._spill is None or size * self._dtype.itemsize < MAPPED_BYTES:
-            return torch.empty(shape, dtype=self._dtype, device=self._device)
+            return torch.empty(shape, dtype=self._dtype, device=self.device)
         with tempfile.NamedTemporaryFile(dir=self._spill, prefix=".attnreg-", suffix=".tmp") as file:
             file.truncate(size * self._dtype.itemsize)
             return torch.from_file(file.name, shared=True, size=size, dtype=self._dtype).view(shape)
