@@ -78,8 +78,8 @@ class AttentionShape:
         size = self.head_dim if head_dim is None else head_dim
         if self.rotary is not None and size != self.head_dim and rotary is None:
             raise ValueError(
-                f"head_dim {self.head_dim} -> {size} changes the rotary frequencies: give `rotary`, "
-                "or take the shape from Adapter.shape(config, layer, head_dim=...)"
+                f"head_dim {self.head_dim} -> {size} changes the rotary frequencies: give "
+                "`rotary`, or take the shape from Adapter.shape(config, layer, head_dim=...)"
             )
         follows = math.isclose(self.scale, self.head_dim**-0.5, rel_tol=1e-12)
         return replace(

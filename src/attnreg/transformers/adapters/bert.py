@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-from attnreg.transformers.adapters.base import Adapter, NotExpressible, register
+from attnreg.transformers.adapters.base import Adapter, register
 from attnreg.transformers.adapters.modules import (
     check_sizes_only,
     check_weights,
     put_grouped,
     put_linear,
     read_linear,
-    uniform,
+    unchanged_config,
 )
 from attnreg.transformers.shapes import BIASES, AttentionShape
 
@@ -26,15 +26,15 @@ class BertAdapter(Adapter):
 
     model_types = ("bert", "roberta")
 
-    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+    def blocks(self, model: Any) -> Sequence[nn.Module]:
         """The encoder's layers."""
         return list(model.base_model.encoder.layer)
 
-    def attention(self, block: nn.Module) -> nn.Module:
+    def attention(self, block: Any) -> nn.Module:
         """The block's ``attention``: projections, output and its norm."""
-        return block.attention
+        return cast("nn.Module", block.attention)
 
-    def taps(self, block: nn.Module) -> tuple[nn.Module, nn.Module]:
+    def taps(self, block: Any) -> tuple[nn.Module, nn.Module]:
         """The query and the output projection."""
         return block.attention.self.query, block.attention.output.dense
 
@@ -47,38 +47,24 @@ class BertAdapter(Adapter):
         heads: int | None = None,
         head_dim: int | None = None,
     ) -> AttentionShape:
-        """See :meth:`Adapter.shape`.
-
-        Raises:
-            ValueError: If a size is impossible, or the configuration has something that cannot be
-                represented exactly.
-        """
+        """See :meth:`Adapter.shape`."""
         return encoder_shape(config, kv_heads, heads, head_dim)
 
-    def read(self, block: nn.Module) -> dict[str, Tensor]:
+    def read(self, block: Any) -> dict[str, Tensor]:
         """Copies of the weights."""
         weights: dict[str, Tensor] = {}
         for name, letter in (("query", "Q"), ("key", "K"), ("value", "V")):
             weights |= read_linear(getattr(block.attention.self, name), letter)
         return weights | read_linear(block.attention.output.dense, "O")
 
-    def write(self, block: nn.Module, weights: Mapping[str, Tensor], shape: AttentionShape) -> None:
-        """See :meth:`Adapter.write`.
-
-        Raises:
-            ValueError: If the weights do not fit the shape, or it differs from the module's in more
-                than its sizes.
-        """
+    def write(self, block: Any, weights: Mapping[str, Tensor], shape: AttentionShape) -> None:
+        """See :meth:`Adapter.write`."""
         inner = block.attention.self
         write_encoder(inner, weights, replace(shape, causal=False) if inner.is_decoder else shape)
         put_linear(block.attention.output, "dense", weights["W_O"], weights["b_O"])
 
     def student_config(self, config: Any, shapes: Sequence[AttentionShape]) -> Any:
-        """See :meth:`Adapter.student_config`.
-
-        Raises:
-            NotExpressible: If the shapes are not the original's.
-        """
+        """See :meth:`Adapter.student_config`."""
         return unchanged_config(self, config, shapes)
 
 
@@ -120,7 +106,7 @@ def encoder_shape(
     )
 
 
-def write_encoder(inner: nn.Module, weights: Mapping[str, Tensor], shape: AttentionShape) -> None:
+def write_encoder(inner: Any, weights: Mapping[str, Tensor], shape: AttentionShape) -> None:
     """Exchanges ``query``, ``key`` and ``value`` of a module like BERT's and sets its sizes.
 
     Raises:
@@ -145,23 +131,3 @@ def write_encoder(inner: nn.Module, weights: Mapping[str, Tensor], shape: Attent
     inner.all_head_size = shape.heads * shape.head_dim
     if hasattr(inner, "scaling"):
         inner.scaling = shape.scale
-
-
-def unchanged_config(adapter: Adapter, config: Any, shapes: Sequence[AttentionShape]) -> Any:
-    """The configuration itself, for families that express no other sizes than the original's.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        NotExpressible: If the sizes are others.
-    """
-    shape = uniform(config, list(shapes))
-    own = adapter.shape(config, 0)
-    if (shape.heads, shape.kv_heads, shape.head_dim) != (own.heads, own.kv_heads, own.head_dim):
-        raise NotExpressible(
-            f"{type(config).__name__} knows neither key/value heads nor a head size of its own: "
-            f"{shape.heads} heads, {shape.kv_heads} key/value heads of {shape.head_dim} load with "
-            "attnreg.load"
-        )
-    return config

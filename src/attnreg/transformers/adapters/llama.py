@@ -6,11 +6,11 @@ import copy
 import importlib
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, MistralConfig
+from transformers import AutoModel, LlamaConfig, MistralConfig
 
 from attnreg.models.rotary import Rotary
 from attnreg.transformers.adapters.base import Adapter, NotExpressible, register
@@ -35,15 +35,15 @@ class LlamaAdapter(Adapter):
 
     model_types = tuple(_NAMES)
 
-    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+    def blocks(self, model: Any) -> Sequence[nn.Module]:
         """The decoder layers."""
         return list(model.base_model.layers)
 
-    def attention(self, block: nn.Module) -> nn.Module:
+    def attention(self, block: Any) -> nn.Module:
         """The block's ``self_attn``."""
-        return block.self_attn
+        return cast("nn.Module", block.self_attn)
 
-    def taps(self, block: nn.Module) -> tuple[nn.Module, nn.Module]:
+    def taps(self, block: Any) -> tuple[nn.Module, nn.Module]:
         """The query and the output projection."""
         return block.self_attn.q_proj, block.self_attn.o_proj
 
@@ -56,12 +56,7 @@ class LlamaAdapter(Adapter):
         heads: int | None = None,
         head_dim: int | None = None,
     ) -> AttentionShape:
-        """See :meth:`Adapter.shape`.
-
-        Raises:
-            ValueError: If a size is impossible, or the configuration has something that cannot be
-                represented exactly.
-        """
+        """See :meth:`Adapter.shape`."""
         if VERSION < (5, 0) and (getattr(config, "pretraining_tp", None) or 1) > 1:
             raise ValueError(
                 f"pretraining_tp {config.pretraining_tp} cuts the projections into slices: set it "
@@ -81,7 +76,7 @@ class LlamaAdapter(Adapter):
             norm_eps=config.rms_norm_eps if config.model_type == "qwen3" else None,
         )
 
-    def read(self, block: nn.Module) -> dict[str, Tensor]:
+    def read(self, block: Any) -> dict[str, Tensor]:
         """Copies of the weights; a norm's gain is ``g_Q`` or ``g_K``."""
         attention = block.self_attn
         weights: dict[str, Tensor] = {}
@@ -92,13 +87,8 @@ class LlamaAdapter(Adapter):
             weights["g_K"] = attention.k_norm.weight.detach().clone()
         return weights
 
-    def write(self, block: nn.Module, weights: Mapping[str, Tensor], shape: AttentionShape) -> None:
-        """See :meth:`Adapter.write`.
-
-        Raises:
-            ValueError: If the weights do not fit the shape, or it differs from the module's in more
-                than its sizes.
-        """
+    def write(self, block: Any, weights: Mapping[str, Tensor], shape: AttentionShape) -> None:
+        """See :meth:`Adapter.write`."""
         attention = block.self_attn
         derived = self.shape(
             attention.config,
@@ -131,31 +121,30 @@ class LlamaAdapter(Adapter):
                 setattr(attention, name, value)
 
     def student_config(self, config: Any, shapes: Sequence[AttentionShape]) -> Any:
-        """See :meth:`Adapter.student_config`; a Llama may become a Mistral, which allows more.
-
-        Raises:
-            NotExpressible: If no class of the installed transformers builds the shapes.
-        """
-        shape = uniform(config, list(shapes))
+        """See :meth:`Adapter.student_config`; a Llama may become a Mistral, which allows more."""
+        shape = uniform(config, shapes)
         try:
             return _built(type(config), config.to_dict(), shape)
         except NotExpressible as error:
             # Mistral's layers are Llama's without biases, and its configuration allows any size
             if config.model_type != "llama" or config.attention_bias or config.mlp_bias:
                 raise
-            reason = error
-        values = config.to_dict() | {"model_type": "mistral", "sliding_window": None}
-        values["architectures"] = [
-            name.replace("Llama", "Mistral") for name in config.architectures or ()
-        ] or None
-        for name in ("attention_bias", "mlp_bias", "pretraining_tp"):
-            values.pop(name, None)
-        if VERSION < (4, 48) and values.pop("rope_scaling", None) is not None:
-            raise NotExpressible(f"{reason}; MistralConfig of this version knows no rope_scaling")
-        return _built(MistralConfig, values, shape)
+            return _as_mistral(config, shape, str(error))
 
 
-def _built(kind: type, values: Mapping[str, Any], shape: AttentionShape) -> Any:
+def _as_mistral(config: Any, shape: AttentionShape, reason: str) -> Any:
+    """The configuration of a Mistral that computes what the Llama would."""
+    values = config.to_dict() | {"model_type": "mistral", "sliding_window": None}
+    names = [name.replace("Llama", "Mistral") for name in config.architectures or ()]
+    values["architectures"] = names or None
+    for name in ("attention_bias", "mlp_bias", "pretraining_tp"):
+        values.pop(name, None)
+    if VERSION < (4, 48) and values.pop("rope_scaling", None) is not None:
+        raise NotExpressible(f"{reason}; MistralConfig of this version knows no rope_scaling")
+    return _built(MistralConfig, values, shape)
+
+
+def _built(kind: Any, values: Mapping[str, Any], shape: AttentionShape) -> Any:
     """A configuration of the sizes, if transformers builds a model with these sizes from it."""
     sizes = {
         "num_attention_heads": shape.heads,
@@ -163,6 +152,8 @@ def _built(kind: type, values: Mapping[str, Any], shape: AttentionShape) -> Any:
         "head_dim": shape.head_dim,
     }
     asked = f"{shape.heads} heads, {shape.kv_heads} key/value heads of {shape.head_dim}"
+    if kind is LlamaConfig and shape.width % shape.heads:  # 4.x builds it, but 5.x cannot load it
+        raise NotExpressible(f"LlamaConfig refuses {asked}: heads must divide {shape.width}")
     try:
         config = kind.from_dict(dict(values) | sizes)
         with torch.device("meta"):
@@ -231,17 +222,17 @@ def _rotary(config: Any, head_dim: int) -> Rotary:
     kind = getattr(module, "rope_type", "default")
     if kind == "longrope":
         raise ValueError("rope type 'longrope' has frequencies that depend on the text's length")
-    frequencies = module.inv_freq.tolist()
+    frequencies = cast("Tensor", module.inv_freq).tolist()
     if 2 * len(frequencies) != head_dim:
         raise ValueError(
-            f"rotary embedding turns {2 * len(frequencies)} of {head_dim} coordinates; transformers "
-            f"turns all of them in {config.model_type}: head_dim must be even and "
+            f"rotary embedding turns {2 * len(frequencies)} of {head_dim} coordinates; "
+            f"transformers turns all of them in {config.model_type}: head_dim must be even and "
             "partial_rotary_factor 1"
         )
     return Rotary(tuple(frequencies), factor=float(getattr(module, "attention_scaling", 1.0)))
 
 
-def _own_rotary(attention: nn.Module, head_dim: int) -> None:
+def _own_rotary(attention: Any, head_dim: int) -> None:
     """Gives a layer its own rotary embedding, for heads that are not of the model's size."""
     weight = attention.q_proj.weight
     rotary = _rotary_module(attention.config, head_dim)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from attnreg.models.rotary import Rotary
-from attnreg.transformers.adapters.base import NotExpressible
+from attnreg.transformers.adapters.base import Adapter, NotExpressible
 from attnreg.transformers.shapes import AttentionShape
 
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -85,7 +85,7 @@ def exchange(owner: nn.Module, name: str, new: nn.Module, values: Mapping[str, T
 def put_linear(owner: nn.Module, name: str, weight: Tensor, bias: Tensor | None) -> None:
     """A linear map ``y = x weight + bias`` in place of a submodule."""
     with torch.device("meta"):
-        new = nn.Linear(*weight.shape, bias=bias is not None)
+        new = nn.Linear(weight.shape[0], weight.shape[1], bias=bias is not None)
     exchange(owner, name, new, _named(weight.T, bias))
 
 
@@ -106,13 +106,11 @@ def _named(weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
     return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
 
 
-def read_linear(module: nn.Module, letter: str) -> dict[str, Tensor]:
+def read_linear(module: Any, letter: str) -> dict[str, Tensor]:
     """Copies of a linear module's ``W_letter`` and, where it has one, ``b_letter``."""
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, Tensor)
-    found = {f"W_{letter}": weight.detach().T.contiguous().clone()}
-    if isinstance(bias, Tensor):
-        found[f"b_{letter}"] = bias.detach().clone()
+    found = {f"W_{letter}": module.weight.detach().T.contiguous().clone()}
+    if module.bias is not None:
+        found[f"b_{letter}"] = module.bias.detach().clone()
     return found
 
 
@@ -143,9 +141,9 @@ def check_sizes_only(shape: AttentionShape, derived: AttentionShape) -> None:
         ValueError: If they differ.
     """
     same = replace(shape, rotary=None, scale=1.0) == replace(derived, rotary=None, scale=1.0)
-    if same and math.isclose(shape.scale, derived.scale, rel_tol=1e-6):
-        if _same_rotary(shape.rotary, derived.rotary):
-            return
+    same = same and math.isclose(shape.scale, derived.scale, rel_tol=1e-6)
+    if same and _same_rotary(shape.rotary, derived.rotary):
+        return
     raise ValueError(f"the module cannot compute {shape}; with these sizes it computes {derived}")
 
 
@@ -164,7 +162,7 @@ def _same_rotary(left: Rotary | None, right: Rotary | None) -> bool:
     )
 
 
-def uniform(config: Any, shapes: list[AttentionShape]) -> AttentionShape:
+def uniform(config: Any, shapes: Sequence[AttentionShape]) -> AttentionShape:
     """The first of shapes whose sizes are all the same.
 
     Returns:
@@ -180,3 +178,23 @@ def uniform(config: Any, shapes: list[AttentionShape]) -> AttentionShape:
             f"heads, head_dim) {', '.join(map(str, sizes))}"
         )
     return shapes[0]
+
+
+def unchanged_config(adapter: Adapter, config: Any, shapes: Sequence[AttentionShape]) -> Any:
+    """The configuration itself, for families that express no other sizes than the original's.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        NotExpressible: If the sizes are others.
+    """
+    shape = uniform(config, shapes)
+    own = adapter.shape(config, 0)
+    if (shape.heads, shape.kv_heads, shape.head_dim) != (own.heads, own.kv_heads, own.head_dim):
+        raise NotExpressible(
+            f"{type(config).__name__} knows neither key/value heads nor a head size of its own: "
+            f"{shape.heads} heads, {shape.kv_heads} key/value heads of {shape.head_dim} load with "
+            "attnreg.load"
+        )
+    return config
