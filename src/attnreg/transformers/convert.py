@@ -15,6 +15,7 @@ same folder to the byte, on one machine with one number of threads.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -225,9 +226,7 @@ class _Run:
         seen, outputs, before = [], [], []
         for application in group.applications:
             before.append(original)
-            original, given, output = runner.apply(
-                application, block, original, attention=fitting
-            )
+            original, given, output = runner.apply(application, block, original, attention=fitting)
             if given is not None and output is not None:
                 seen.append(given)
                 outputs.append(output)
@@ -291,17 +290,16 @@ class _Run:
         targets: list[Tensor],
     ) -> LayerFit:
         options = self.task.options
-        parts = []
-        count = len(self.task.fit)
-        for low, high in ((0, count), (count, count + len(self.task.held_out))):
-            a = [row for rows in inputs for row in self.runner.sequences(rows, low, high)]
-            b = [row for rows in targets for row in self.runner.sequences(rows, low, high)]
-            parts.append(_problem(group.student, a, b))
+        count, end = len(self.task.fit), len(self.runner.offsets) - 1
+        parts = [
+            layer_problem(self.runner, group.student, inputs, targets, low, high)
+            for low, high in ((0, count), (count, end))
+        ]
         self.report(sweep, group)
         return fit_layer(
             parts[0],
             parts[1],
-            (multi_head(group.original), weights, group.original.scale),
+            (multi_head(group.original), weights),
             multi_head(group.student),
             start=start,
             max_iterations=options.max_iterations,
@@ -351,10 +349,32 @@ def _on(weights: dict[str, Tensor], device: str) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in weights.items()}
 
 
-def _problem(
-    shape: AttentionShape, inputs: list[Tensor], targets: list[Tensor]
+def layer_problem(
+    runner: Blockwise,
+    shape: AttentionShape,
+    inputs: list[Tensor],
+    targets: list[Tensor],
+    first: int,
+    last: int,
 ) -> AttentionProblem:
-    return AttentionProblem(inputs, targets, mask=shape.mask(), scale=shape.scale)  # type: ignore[arg-type]
+    """The problem of a student's layer.
+
+    Args:
+        runner: Knows where the windows' rows are.
+        shape: The student's shape.
+        inputs: For each application the rows that go into the attention.
+        targets: The rows that should come out.
+        first: The first window.
+        last: The window after the last.
+
+    Returns:
+        The problem; windows of one application after those of another.
+    """
+    a = [row for rows in inputs for row in runner.sequences(rows, first, last)]
+    b = [row for rows in targets for row in runner.sequences(rows, first, last)]
+    follows = math.isclose(shape.scale, shape.head_dim**-0.5, rel_tol=1e-12)
+    scale = None if follows else shape.scale  # None: each model's own, also the original's
+    return AttentionProblem(a, b, mask=shape.mask(), scale=scale)  # type: ignore[arg-type]
 
 
 def _finished(out: Path, digest: str) -> dict[str, Any] | None:

@@ -60,7 +60,9 @@ class Journal:
             OSError: If the folder cannot be written.
         """
         if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"{self.folder} is not a folder; move it away, or choose another --out")
+            raise ValueError(
+                f"{self.folder} is not a folder; move it away, or choose another --out"
+            )
         self.folder.mkdir(exist_ok=True)
         try:
             self._lock.acquire()

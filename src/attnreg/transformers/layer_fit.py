@@ -16,8 +16,8 @@ from attnreg.records import IterationRecord
 from attnreg.result import predict
 from attnreg.transformers.starts import best_start
 
-Teacher = tuple[MultiHead, Mapping[str, Tensor], float]
-"""The original's layer, its weights and its logit scale."""
+Teacher = tuple[MultiHead, Mapping[str, Tensor]]
+"""The original's layer and its weights."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class LayerFit:
     Attributes:
         weights: By name, float32.
         start: Name of the start.
-        tried: Relative error of every start on the fitted windows; None where it failed.
+        tried: Relative error of every start on the fitted windows.
         start_error: Held-out relative error of the start.
         error: Relative error on the fitted windows.
         held_out_error: Relative error on the held-out windows.
@@ -36,7 +36,7 @@ class LayerFit:
 
     weights: dict[str, Tensor]
     start: str
-    tried: dict[str, float | None]
+    tried: dict[str, float]
     start_error: float
     error: float
     held_out_error: float
@@ -58,7 +58,7 @@ def fit_layer(
     max_seconds: float | None,
     seed: int,
     saved: torch.dtype,
-    progress: Callable[[int, float], None],
+    progress: Callable[[int, float], None] | None = None,
 ) -> LayerFit:
     """Fits a student's layer; of its start and the fit the one with the lower held-out error.
 
@@ -78,14 +78,15 @@ def fit_layer(
         The fit.
     """
     if start is None:
-        original, weights, _ = teacher
+        original, weights = teacher
         best = best_start(problem, original, weights, model)
-        name, init, tried = best.name, dict(best.weights), _plain(best.tried)
+        name, init, tried = best.name, best.weights, dict(best.tried)
     else:
         name, init, tried = "the pass before", dict(start), {}
 
     def observe(record: IterationRecord) -> None:
-        progress(record.iteration, problem.relative_error(record.loss))
+        if progress is not None:
+            progress(record.iteration, problem.relative_error(record.loss))
 
     result = fit(
         problem,
@@ -120,7 +121,3 @@ def _error(problem: AttentionProblem, model: Model, weights: Mapping[str, Tensor
     targets = problem.unpad([batch.B for batch in problem.batches])
     pairs = zip(predicted, targets, strict=True)
     return problem.relative_error(sum(float((p - t).double().square().sum()) for p, t in pairs))
-
-
-def _plain(tried: Mapping[str, Any]) -> dict[str, float | None]:
-    return {name: float(e) if isinstance(e, float | int) else None for name, e in tried.items()}

@@ -240,15 +240,15 @@ def _plan(content: Any) -> Plan:
 
 @dataclass(frozen=True)
 class Choice:
-    """A setting that a layer may have.
+    """Something that a layer may have.
 
     Attributes:
-        setting: The setting.
+        index: Its number among the layer's choices.
         cost: What it costs, a whole number of units.
         error: What it loses.
     """
 
-    setting: Setting
+    index: int
     cost: int
     error: float
 

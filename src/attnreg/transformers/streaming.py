@@ -306,7 +306,9 @@ class Blockwise:
         size = shape[0] * shape[1]
         if self._spill is None or size * self._dtype.itemsize < MAPPED_BYTES:
             return torch.empty(shape, dtype=self._dtype, device=self.device)
-        with tempfile.NamedTemporaryFile(dir=self._spill, prefix=".attnreg-", suffix=".tmp") as file:
+        with tempfile.NamedTemporaryFile(
+            dir=self._spill, prefix=".attnreg-", suffix=".tmp"
+        ) as file:
             file.truncate(size * self._dtype.itemsize)
             return torch.from_file(file.name, shared=True, size=size, dtype=self._dtype).view(shape)
 

@@ -61,9 +61,13 @@ class Options:
             raise ValueError(f"dtype {self.dtype!r} was given; expected {', '.join(DTYPES)}")
         for name, least in (("refinements", 0), ("max_iterations", 0), ("seed", 0)):
             if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} was given, at least {least} is expected")
+                raise ValueError(
+                    f"{name}={getattr(self, name)} was given, at least {least} is expected"
+                )
         if self.max_seconds is not None and not self.max_seconds > 0:
-            raise ValueError(f"max_seconds={self.max_seconds} was given, a positive number is expected")
+            raise ValueError(
+                f"max_seconds={self.max_seconds} was given, a positive number is expected"
+            )
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
@@ -253,14 +257,10 @@ def read_split(
 
 def multi_head(shape: AttentionShape) -> MultiHead:
     """The model of a layer of a shape."""
-    return MultiHead(
-        shape.heads,
-        shape.kv_heads,
-        shape.head_dim,
-        bias=shape.biases,
-        rotary=shape.rotary,
-        norm_eps=shape.norm_eps,
-    )
+    extra = {} if shape.rotary is None else {"rotary": shape.rotary}
+    extra |= {} if shape.norm_eps is None else {"norm_eps": shape.norm_eps}
+    bias = len(shape.biases) == 4 if len(shape.biases) in (0, 4) else shape.biases
+    return MultiHead(shape.heads, shape.kv_heads, shape.head_dim, bias=bias, **extra)
 
 
 def model_digest(checkpoint: Checkpoint) -> str:
