@@ -319,7 +319,7 @@ class _Run:
         """Scores on the held-out windows: losses of both, or the cosine of their embeddings."""
         count = len(self.task.fit)
         windows = range(count, count + len(self.task.held_out))
-        if self.runner.predicts:
+        if self.task.predicts:
             before, after = (self.runner.losses(rows, windows) for rows in (original, student))
             return {"before": float(before.mean()), "after": float(after.mean())}
         first, second = (self.runner.pooled(rows, windows) for rows in (original, student))

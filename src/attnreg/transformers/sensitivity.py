@@ -89,7 +89,7 @@ def measure(
     held_out: Windows,
     settings: Sequence[Setting],
     options: Options,
-    observer: Callable[[int, int, Measured | None], None] | None = None,
+    observer: Callable[[int, int, Measured], None] | None = None,
 ) -> list[list[Measured]]:
     """The sensitivity profile.
 

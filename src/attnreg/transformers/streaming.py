@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -190,12 +190,6 @@ class Blockwise:
 
     # ------------------------------------------------------------------ the end of the model
 
-    @property
-    def predicts(self) -> bool:
-        """Whether the model has a head for the next token."""
-        head = self._model.get_output_embeddings()
-        return head is not None and type(self._model).__name__.endswith(("CausalLM", "LMHeadModel"))
-
     @torch.no_grad()
     def losses(self, rows: Tensor, windows: Sequence[int]) -> Tensor:
         """Negative log likelihood of every next token.
@@ -342,7 +336,5 @@ def _hooked(handle: Any) -> Iterator[None]:
 
 @contextmanager
 def _ended_by(kind: type[Exception]) -> Iterator[None]:
-    try:
+    with suppress(kind):
         yield
-    except kind:
-        pass

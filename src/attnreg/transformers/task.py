@@ -127,6 +127,12 @@ class Task:
         name = self.options.dtype
         return self.checkpoint.dtype if name is None else DTYPES[name]
 
+    @property
+    def predicts(self) -> bool:
+        """Whether the model has a head for the next token, so that its loss can be told."""
+        name = self.checkpoint.model_class.__name__
+        return self.groups[0].original.causal and name.endswith(("ForCausalLM", "LMHeadModel"))
+
     def shapes(self, *, student: bool) -> tuple[AttentionShape, ...]:
         """Shapes of all applications in order."""
         found = {
@@ -232,7 +238,10 @@ def find_groups(
 def read_split(
     checkpoint: Checkpoint, calibration: Source, options: Options
 ) -> tuple[Windows, Windows]:
-    """The windows to fit on and those held out.
+    """The text as windows.
+
+    Returns:
+        The windows to fit on and those held out.
 
     Raises:
         ValueError: If there is no tokenizer or the text is refused.
