@@ -333,7 +333,7 @@ def _load_start(path: Path) -> Start:
 
 
 def _choose_model(
-    heads: int | None, sizes: Mapping[str, int | None], no_bias: bool, start: Start | None
+    heads: int | None, sizes: Mapping[str, Any], no_bias: bool, start: Start | None
 ) -> Model:
     if heads is None:
         given = [f"--{name.replace('_', '-')}" for name, size in sizes.items() if size is not None]

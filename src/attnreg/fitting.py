@@ -217,7 +217,8 @@ def _check_bounds(tol: float, max_iterations: int, max_seconds: float | None) ->
 def _notes(objective: Objective, outcome: Outcome) -> tuple[str, ...]:
     """Null directions that were dropped, by block and in the readout."""
     notes = []
-    for left, block in zip(objective.left, objective.layout.blocks, strict=True):
+    fitted = len(objective.left) - objective.layout.held
+    for left, block in zip(objective.left[:fitted], objective.layout.blocks, strict=False):
         if left.nullity:
             notes.append(
                 f"{left.nullity} of {block.rows} input directions of {block.name} carry no data: "

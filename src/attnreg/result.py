@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnreg.certificate import Certificate
 from attnreg.masks import and_causal
-from attnreg.models import Bilinear, Features, Model, MultiHead
+from attnreg.models import Bilinear, Features, Model, MultiHead, Rotary
 from attnreg.problem import AttentionProblem
 from attnreg.records import IterationRecord, Status
 from attnreg.storage import read_tensors, write_tensors
@@ -145,6 +145,8 @@ class FitResult:
             kind = metadata.get("kind", "plain safetensors")
             raise ValueError(f"{path} holds {kind!r}, a fit is expected: pass a file of save()")
         sizes = dict(metadata["model"])
+        if sizes.get("rotary") is not None:
+            sizes["rotary"] = Rotary(**sizes["rotary"])
         model = _MODELS[sizes.pop("name")](**sizes)
         certificate = metadata.get("certificate")
         return FitResult(

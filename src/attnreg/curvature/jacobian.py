@@ -39,7 +39,15 @@ def jacobian_sums(point: Point, *, exact: bool) -> tuple[Tensor, Tensor]:
     Returns:
         ``sum w J^T J`` (with the second derivative), whose symmetric part counts, ``(size, size)``,
         and ``sum w f J`` (with ``w dF^T r``), ``(features [+ 1], d_out, size)``.
+
+    Raises:
+        ValueError: If heads are rotated or normalised, or a key or value bias is fitted.
     """
+    if not point.objective.layout.plain:
+        raise ValueError(
+            f"{point.objective.model!r} was given; the dense curvature is for layers without "
+            "rotation, norms and fitted biases of keys and values: use products with vectors"
+        )
     sums = _Sums(point)
     rows, size = sums.inputs.shape[0], point.theta.shape[0]
     step = max(1, _CHUNK // (size * point.residual.shape[1]))

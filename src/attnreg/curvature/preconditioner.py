@@ -91,9 +91,10 @@ def gauss_newton_estimate(
         sizes = zip(point.features.row_counts, blocks, strict=False)
         objective.operations.projections += sum(2 * n * b.heads * b.width**2 for n, b in sizes)
         for gradients in point.features.row_gradients(cotangent):
-            for total, gradient, block in zip(right, gradients, blocks, strict=True):
+            for total, gradient, block in zip(right, gradients, blocks, strict=False):
                 per_head = gradient.flatten(0, 1).unflatten(1, (block.heads, -1)).transpose(0, 1)
                 total += torch.bmm(per_head.mT, per_head)
+    # Blocks of parameters that are held come last: they have no gradients, and stay 0.
     right = [factor * (2.0 / samples) for factor in right]
     if objective.ridge is not None:
         right = [f + 2.0 * r for f, r in zip(right, objective.ridge.right, strict=True)]

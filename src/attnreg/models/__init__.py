@@ -3,7 +3,9 @@
 from attnreg.models.base import Layout, Model, Parameters, Ridge
 from attnreg.models.bilinear import Bilinear
 from attnreg.models.features import Features
-from attnreg.models.multihead import MultiHead, pool_kv_heads
+from attnreg.models.multihead import MultiHead
+from attnreg.models.pooling import pool_kv_heads
+from attnreg.models.rotary import Rotary
 
 __all__ = [
     "Bilinear",
@@ -13,5 +15,6 @@ __all__ = [
     "MultiHead",
     "Parameters",
     "Ridge",
+    "Rotary",
     "pool_kv_heads",
 ]

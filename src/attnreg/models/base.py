@@ -1,7 +1,8 @@
 """The interface of a model: attention features of a parameter vector, then a linear readout.
 
 A model names its non-linear parameters (matrices stacked in one flat vector ``theta``), maps
-them linearly to queries, keys and values, and says which Kronecker metric its ridge uses. The
+them linearly to queries, keys and values, says what those go through head by head before the
+attention (norms, rotation), and which Kronecker metric its ridge uses. The
 readout ``O`` is linear in the prediction ``[F 1] O`` and never part of ``theta``: variable
 projection eliminates it.
 """
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from attnreg.kronecker import ParameterBlock
+from attnreg.models.heads import HeadMap, Rows
 from attnreg.problem import AttentionProblem, Batch
 
 Parameters = Mapping[str, Tensor]
@@ -32,6 +34,9 @@ class Layout:
         readout_bias: Whether the readout has a constant row.
         keys_move: Whether the keys depend on the parameters.
         values_move: Whether the values depend on the parameters.
+        held: How many of the last blocks hold parameters that a fit leaves as they are.
+        plain: Whether the attention sees the inputs times one matrix each, with no constant in the
+            inputs of keys and values, so that moments of the inputs give the curvature.
     """
 
     blocks: tuple[ParameterBlock, ...]
@@ -41,6 +46,8 @@ class Layout:
     readout_bias: bool
     keys_move: bool
     values_move: bool
+    held: int = 0
+    plain: bool = True
 
     @property
     def size(self) -> int:
@@ -122,6 +129,12 @@ class Model(ABC):
         self, problem: AttentionProblem, batch: Batch, theta: list[Tensor], *, change: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Queries (with the logit scale), keys and values; with ``change`` None where fixed."""
+
+    @abstractmethod
+    def head_map(
+        self, problem: AttentionProblem, batch: Batch, theta: list[Tensor], rows: Rows
+    ) -> HeadMap | None:
+        """What the ``rows`` of :meth:`project` go through next; None where it is nothing."""
 
     @abstractmethod
     def pull_back(

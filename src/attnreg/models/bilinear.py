@@ -10,6 +10,7 @@ from torch import Tensor
 from attnreg.kronecker import ParameterBlock
 from attnreg.models.base import Layout, Model, Parameters, Ridge
 from attnreg.models.checks import checked
+from attnreg.models.heads import HeadMap, Rows
 from attnreg.problem import AttentionProblem, Batch
 
 START_LOGITS = 0.01
@@ -69,6 +70,12 @@ class Bilinear(Model):
         """``scale A1 X``, ``A2`` and ``A3``."""
         queries = batch.A1 @ (theta[0] * self.logit_scale(problem))
         return (queries, None, None) if change else (queries, batch.A2, batch.A3)
+
+    def head_map(
+        self, problem: AttentionProblem, batch: Batch, theta: list[Tensor], rows: Rows
+    ) -> HeadMap | None:
+        """Nothing."""
+        return None
 
     def pull_back(
         self,

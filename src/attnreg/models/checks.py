@@ -1,4 +1,4 @@
-"""One check for every set of named parameters that a caller hands in."""
+"""Checks of what a caller hands in to a model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,32 @@ import torch
 from torch import Tensor
 
 from attnreg.problem import AttentionProblem
+
+BIASES = ("query", "key", "value", "output")
+"""Names of the biases of a layer."""
+
+
+def as_bias(bias: bool | Sequence[str]) -> bool | tuple[str, ...]:
+    """Checks which biases a layer has.
+
+    Args:
+        bias: True for all, False for none, or their names.
+
+    Returns:
+        True, False, or the names in the order of ``BIASES``.
+
+    Raises:
+        ValueError: If it is none of these.
+    """
+    if isinstance(bias, bool):
+        return bias
+    if not isinstance(bias, list | tuple) or any(name not in BIASES for name in bias):
+        raise ValueError(
+            f"bias={bias!r} was given, True, False or a tuple of names out of {list(BIASES)} is "
+            "expected"
+        )
+    names = tuple(name for name in BIASES if name in bias)
+    return len(names) > 0 if len(names) in (0, len(BIASES)) else names
 
 
 def checked(

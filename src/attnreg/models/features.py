@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from attnreg.kronecker import split_blocks
+from attnreg.models.attention import Attention
 from attnreg.models.base import Model
 from attnreg.models.comoments import AttentionMoments, Comoments
+from attnreg.models.heads import HeadMap, Rows
 from attnreg.operations import Operations
-from attnreg.problem import AttentionProblem
+from attnreg.problem import AttentionProblem, Batch
 
 CACHE_BYTES = 10**9
 """Softmax matrices are kept between products up to this many bytes in all."""
@@ -106,11 +108,14 @@ class Features:
         self._count_projection()
         keep = products and _softmax_bytes(problem, layout.groups * layout.repeats) <= CACHE_BYTES
         blocks = split_blocks(theta, layout.blocks)
-        self._attention = []
+        self._attention: list[AttentionMoments] = []
+        self._head_maps: list[HeadMap | None] = []
         for batch, out in zip(
             problem.batches, self._by_batch(self.columns[:, :width]), strict=True
         ):
-            queries, keys, values = model.project(problem, batch, blocks, change=False)
+            projected = model.project(problem, batch, blocks, change=False)
+            head_map = model.head_map(problem, batch, blocks, projected)
+            queries, keys, values = projected if head_map is None else head_map.apply(projected)
             assert keys is not None
             assert values is not None
             attention = AttentionMoments(
@@ -127,13 +132,14 @@ class Features:
             )
             if products:
                 self._attention.append(attention)
+                self._head_maps.append(head_map)
 
     def jvp(self, direction: Tensor) -> Tensor:
         """Change of the features along a flat direction: fills and returns ``change``."""
         self.passes += 1
         self._count_projection()
-        for batch, attention, out in self._batches(self.change):
-            attention.jvp(*self._inputs_change(batch, direction), out)
+        for batch, attention, head_map, out in self._batches(self.change):
+            attention.jvp(*_moved(head_map, self._inputs_change(batch, direction)), out)
         return self.change
 
     def vjp(self, cotangent: Tensor) -> Tensor:
@@ -142,31 +148,45 @@ class Features:
         self._count_projection()
         gradient = torch.zeros_like(self.theta)
         out = split_blocks(gradient, self.layout.blocks)
-        for batch, attention, u in self._batches(cotangent):
-            gradients = attention.vjp(u, self.layout.keys_move, self.layout.values_move)
+        for batch, attention, head_map, u in self._batches(cotangent):
+            gradients = self._attention_vjp(attention, u)
+            gradients = gradients if head_map is None else head_map.vjp(gradients)
             self.model.pull_back(self.problem, batch, gradients, out)
         return gradient
 
     def vjp_derivative(self, direction: Tensor, cotangent: Tensor, change: Tensor) -> Tensor:
-        """Derivative of :meth:`vjp` along ``direction`` while the cotangent moves by ``change``."""
-        self.passes += 2
+        """Derivative of :meth:`vjp` along ``direction`` while the cotangent moves by ``change``.
+
+        A head map that is not linear needs the gradients themselves too: one more pass.
+
+        Returns:
+            As :meth:`vjp`.
+        """
+        curved = any(m is not None and m.curved for m in self._head_maps)
+        self.passes += 3 if curved else 2
         self._count_projection()
         self._count_projection()
         gradient = torch.zeros_like(self.theta)
         out = split_blocks(gradient, self.layout.blocks)
         changes = self._by_batch(change)
-        for (batch, attention, u), du in zip(self._batches(cotangent), changes, strict=True):
+        for (batch, attention, head_map, u), du in zip(
+            self._batches(cotangent), changes, strict=True
+        ):
             inputs = self._inputs_change(batch, direction)
-            gradients = attention.vjp_derivative(*inputs, u, du)
-            self.model.pull_back(self.problem, batch, gradients, out)
+            moved = attention.vjp_derivative(*_moved(head_map, inputs), u, du)
+            if head_map is not None:
+                gradients = self._attention_vjp(attention, u) if head_map.curved else None
+                moved = head_map.vjp_derivative(inputs, gradients, moved)
+            self.model.pull_back(self.problem, batch, moved, out)
         return gradient
 
     def row_gradients(self, cotangent: Tensor) -> list[tuple[Tensor, ...]]:
-        """Per batch the gradients by queries, keys and values, before they meet the inputs."""
+        """Per batch the gradients by what ``Model.project`` gave, before they meet the inputs."""
         self.passes += 1
         result = []
-        for _, attention, u in self._batches(cotangent):
-            gradients = attention.vjp(u, self.layout.keys_move, self.layout.values_move)
+        for _, attention, head_map, u in self._batches(cotangent):
+            gradients = self._attention_vjp(attention, u)
+            gradients = gradients if head_map is None else head_map.vjp(gradients)
             result.append(tuple(g for g in gradients if g is not None))
         return result
 
@@ -231,18 +251,33 @@ class Features:
         sizes = zip(self.row_counts, self.layout.blocks, strict=False)
         self.operations.projections += sum(2 * rows * block.size for rows, block in sizes)
 
-    def _inputs_change(self, batch, direction: Tensor):  # type: ignore[no-untyped-def]
+    def _attention_vjp(self, attention: Attention, cotangent: Tensor) -> Rows:
+        return attention.vjp(cotangent, self.layout.keys_move, self.layout.values_move)
+
+    def _inputs_change(self, batch: Batch, direction: Tensor) -> Rows:
         blocks = split_blocks(direction, self.layout.blocks)
         return self.model.project(self.problem, batch, blocks, change=True)
 
-    def _batches(self, rows: Tensor):  # type: ignore[no-untyped-def]
-        return zip(self.problem.batches, self._attention, self._by_batch(rows), strict=True)
+    def _batches(
+        self, rows: Tensor
+    ) -> Iterator[tuple[Batch, AttentionMoments, HeadMap | None, Tensor]]:
+        return zip(
+            self.problem.batches,
+            self._attention,
+            self._head_maps,
+            self._by_batch(rows),
+            strict=True,
+        )
 
     def _by_batch(self, rows: Tensor) -> list[Tensor]:
         """Views ``(b, n, k)`` of a matrix over the rows of all batches."""
         shapes = [batch.B.shape[:2] for batch in self.problem.batches]
         parts = rows.split([b * n for b, n in shapes])
         return [p.unflatten(0, tuple(shape)) for p, shape in zip(parts, shapes, strict=True)]
+
+
+def _moved(head_map: HeadMap | None, change: Rows) -> Rows:
+    return change if head_map is None else head_map.jvp(change)
 
 
 def _softmax_bytes(problem: AttentionProblem, heads: int) -> int:

@@ -96,7 +96,9 @@ def _maps(weighted: Weighted, problem: AttentionProblem) -> Tensor:
     matrices = [
         p.view(b.rows, b.heads * b.width) for p, b in zip(blocks, layout.blocks, strict=True)
     ]
-    q, k, _ = model.project(one, one.batches[0], matrices, change=False)
+    rows = model.project(one, one.batches[0], matrices, change=False)
+    head_map = model.head_map(one, one.batches[0], matrices, rows)
+    q, k, _ = rows if head_map is None else head_map.apply(rows)
     assert k is not None
     heads = q[0].unflatten(1, (model.heads, -1)).transpose(0, 1)
     keys = k[0].unflatten(1, (layout.groups, -1)).transpose(0, 1)

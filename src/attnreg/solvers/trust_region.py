@@ -119,7 +119,7 @@ class TrustRegion:
         self._begin(theta)
         layout = objective.layout
         self._assembly_cost = math.inf
-        if layout.size <= MAX_DENSE_SIZE:
+        if layout.plain and layout.size <= MAX_DENSE_SIZE:
             self._assembly_cost = assembly_cost(self._point) / DENSE_RATE
         cold = not self._final and layout.only_queries_move
         self._restarts = Restarts(objective, generator, self._run.out_of_time, allowed=cold)
