@@ -1,9 +1,9 @@
 r"""From the original's rotary frequencies to those of a student.
 
-A student with narrower heads has fewer turning pairs, and mostly other frequencies. ``C[f', f]``
-weighs by how much the form of original pair ``f`` enters that of the student's pair ``f'``: the least
-squares approximation of ``e^{i f d}`` by the student's ``e^{i f' d}`` over the distances ``d`` of all
-visible pairs of positions, with a ridge of 1e-3 because slow frequencies are nearly the same
+A student with narrower heads has fewer turning pairs, and mostly other frequencies. ``C[f', f]`` is
+how much of the form of original pair ``f`` enters that of the student's pair ``f'``: the least
+squares approximation of ``e^{i f d}`` by the student's ``e^{i f' d}`` over the distances ``d`` of
+all visible pairs of positions, with a ridge of 1e-3 because slow frequencies are nearly the same
 function. A frequency that both have goes over as it is.
 """
 

@@ -7,8 +7,9 @@ inside them by exchanges: a local minimum.
 
 Query heads are dropped one after the other by their measured contribution: with features ``F`` of
 the problem and the least-squares readout ``O = M^{-1} F^T W B``, ``M = F^T W F``, leaving out the
-columns ``u`` of a head raises the least error by exactly ``tr O_u^T [(M^{-1})_uu]^{-1} O_u``. A ridge
-of 1e-9 of the diagonal keeps that finite where heads duplicate each other. The order is greedy.
+columns ``u`` of a head raises the least error by exactly ``tr O_u^T [(M^{-1})_uu]^{-1} O_u``. A
+ridge of 1e-9 of the diagonal keeps that finite where heads duplicate each other. The order is
+greedy.
 """
 
 from __future__ import annotations

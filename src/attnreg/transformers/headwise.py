@@ -1,11 +1,11 @@
 r"""The weights of a layer head by head, as bilinear forms, with the second moments of their inputs.
 
-A bias is one more row of its matrix, for a constant input of 1. A pair of coordinates that turns by
-rotary position embedding is one complex column: with ``q = x W_Q`` and ``k = z W_K`` read as complex
-numbers the logit of positions ``i, j`` is ``sum_f Re(conj(q_f) k_f e^{i f (j - i)})``, so that pair
-``f`` of a head is the form ``conj(W_Qf) W_Kf^T`` of rank one. Only a complex factor a pair commutes
-with the turning. The size of a form is taken as if phases were spread evenly, which leaves
-``||G1^{1/2} X G2^{1/2}||_F``; for slow pairs on short texts that is a heuristic.
+A bias is one more row of its matrix, for a constant input of 1. A pair of coordinates that turns
+by rotary position embedding is one complex column: with ``q = x W_Q`` and ``k = z W_K`` read as
+complex numbers the logit of positions ``i, j`` is ``sum_f Re(conj(q_f) k_f e^{i f (j - i)})``, so
+that pair ``f`` of a head is the form ``conj(W_Qf) W_Kf^T`` of rank one. Only a complex factor a
+pair commutes with the turning. The size of a form is taken as if phases were spread evenly, which
+leaves ``||G1^{1/2} X G2^{1/2}||_F``; for slow pairs on short texts that is a heuristic.
 
 Keys that do not turn are centred in their metric, values too where the output has a bias.
 """
@@ -94,6 +94,11 @@ def rotary_of(model: MultiHead) -> Rotary | None:
     return getattr(model, "rotary", None)
 
 
+def turning_width(rotary: Rotary | None) -> int:
+    """Coordinates of a head that turn."""
+    return 0 if rotary is None else 2 * len(rotary.frequencies)
+
+
 def norm_of(model: MultiHead) -> float | None:
     """Epsilon of the norms of queries and keys."""
     return getattr(model, "norm_eps", None)
@@ -104,6 +109,53 @@ def sizes(problem: AttentionProblem, model: MultiHead) -> tuple[int, int, int, i
     layout = model.layout(problem)
     key = next(block for block in layout.blocks if block.name == "key")
     return layout.groups * layout.repeats, layout.groups, key.width, layout.value_width
+
+
+def check_student(problem: AttentionProblem, teacher: MultiHead, student: MultiHead) -> None:
+    """Refuses a student that the teacher's weights cannot be brought into.
+
+    Args:
+        problem: Gives the widths.
+        teacher: The original.
+        student: The layer wanted.
+
+    Raises:
+        ValueError: If it has more or wider heads, or the two are of different kinds.
+    """
+    names = ("heads", "kv_heads", "head_dim", "v_head_dim")
+    have, want = sizes(problem, teacher), sizes(problem, student)
+    for name, old, new in zip(names, have, want, strict=True):
+        if new > old:
+            raise ValueError(
+                f"the student has {name}={new} and the original {old}: a start from its weights "
+                "has not more"
+            )
+    missing = [
+        n for n in NAMES.values() if n in set(bias_names(teacher)) - set(bias_names(student))
+    ]
+    if missing:
+        raise ValueError(
+            f"the original has a bias of {' and '.join(missing)} and the student has none: give it "
+            "the same biases"
+        )
+    if (norm_of(teacher) is None) != (norm_of(student) is None):
+        raise ValueError(
+            f"norm_eps is {norm_of(teacher)} in the original and {norm_of(student)} in the "
+            "student: both have norms of queries and keys, or neither"
+        )
+    old_rotary, new_rotary = rotary_of(teacher), rotary_of(student)
+    if (old_rotary is None) != (new_rotary is None):
+        raise ValueError(
+            "one of original and student has rotary position embedding and the other has not: give "
+            "both, or neither"
+        )
+    if old_rotary is not None and new_rotary is not None:
+        turning = turning_width(old_rotary), turning_width(new_rotary)
+        if turning[1] > turning[0] or want[2] - turning[1] > have[2] - turning[0]:
+            raise ValueError(
+                f"heads of {have[2]} coordinates, {turning[0]} of them turning, were given, and "
+                f"the student has {want[2]} and {turning[1]}: not more of either kind is expected"
+            )
 
 
 def split_heads(
@@ -194,9 +246,13 @@ def metrics(
         Of queries, of keys, of centred keys, and of values (centred where the constant is free).
     """
     keys = sum(m for _, m in problem.lengths)
-    query_sum = sum((b.weights[..., None] * b.A1).double().sum((0, 1)) for b in problem.batches)
-    key_sum = sum(b.A2.double().sum((0, 1)) for b in problem.batches)  # padding is zero
-    value_sum = sum(b.A3.double().sum((0, 1)) for b in problem.batches)
+    query_sum = problem.gram_query.new_zeros(problem.d_query)
+    key_sum = problem.gram_key.new_zeros(problem.d_key)
+    value_sum = problem.gram_value.new_zeros(problem.d_value)
+    for batch in problem.batches:  # padding is zero
+        query_sum += (batch.weights[..., None] * batch.A1).double().sum((0, 1))
+        key_sum += batch.A2.double().sum((0, 1))
+        value_sum += batch.A3.double().sum((0, 1))
     query = _with_constant(problem.gram_query, query_sum, problem.total_weight)
     key = _with_constant(problem.gram_key, key_sum, keys)
     centred = torch.zeros_like(key)

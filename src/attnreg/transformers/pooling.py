@@ -17,9 +17,10 @@ so the inputs' widths drop out: the functions here see the Gram matrix of the ri
 
 `truncated` is the best approximation of all forms of the family with one right factor: by Eckart
 and Young its span is the leading right singular space of the stacked forms. `aligned` keeps the
-left factors up to gauge: the right factors are made white, turned onto each other (generalised
-Procrustes; a descent, not a global minimum), and averaged with the left factors' energies as
-weights. Both are exact where all right factors are one up to gauge.
+left factors up to gauge: the right factors are made white, turned onto each other, and averaged
+with the left factors' energies as weights. With equal energies the turns are generalised
+Procrustes, a descent to a local minimum; with others each turn is the best one for its weights, and
+the repetition is a heuristic. Both are exact where all right factors are one up to gauge.
 """
 
 from __future__ import annotations
@@ -117,6 +118,8 @@ def truncated(right: Tensor, left: Tensor, rank: int, scale: Tensor | None = Non
         Coefficients in the gauge where left and right columns have equal energy. Columns beyond
         the rank of the forms are zero.
     """
+    if rank == 0:
+        return Combination(left.new_zeros(*left.shape[:2], 0), left.new_zeros(*left.shape[:2], 0))
     scale = torch.ones_like(left[0, 0]) if scale is None else scale.to(left)
     left = scale.conj()[:, None] * left * scale
     energy, root = _stacked(right, left)
@@ -152,7 +155,7 @@ def aligned(right: Tensor, left: Tensor) -> Combination:
     Raises:
         NotApplicable: If the columns of a right factor are linearly dependent on the inputs.
     """
-    r, w = left.shape[:2]
+    r = len(left)
     white = torch.stack([_inverse_root(right[g, g], g) for g in range(r)])
     inverse = torch.linalg.inv(white)
     weight = inverse @ left.conj() @ inverse.mH

@@ -1,11 +1,11 @@
 """A student's starts from the weights of the original layer.
 
 A start is a choice of three parts. *Grouping*: which key/value heads one of the student stands for
-(neighbours; ``clustered``: those that are alike; ``dropped``: the most important stay alone). *Pooling*
-of each group's keys and values: ``mean``, ``first``, ``aligned``, ``svd``
+(neighbours; ``clustered``: those that are alike; ``dropped``: the most important stay alone).
+*Pooling* of each group's keys and values: ``mean``, ``first``, ``aligned``, ``svd``
 (:mod:`attnreg.transformers.pooling`). *Truncation* to narrower heads: the best of that width
-(``svd``), or with rotary embedding also single turning pairs as they are (``pairs``). Query heads in
-excess are dropped by measured contribution (:mod:`attnreg.transformers.grouping`).
+(``svd``), or with rotary embedding also single turning pairs as they are (``pairs``). Query heads
+in excess are dropped by measured contribution (:mod:`attnreg.transformers.grouping`).
 
 Which start is best is measured, with ``W_O`` solved by least squares, as the metrics that make them
 are those of logits and values, not of the output.
@@ -36,12 +36,13 @@ from attnreg.transformers.grouping import (
 from attnreg.transformers.headwise import (
     Family,
     Split,
-    bias_names,
+    check_student,
     join_heads,
     norm_of,
     rotary_of,
     sizes,
     split_heads,
+    turning_width,
 )
 from attnreg.transformers.pooling import Combination, NotApplicable
 
@@ -188,7 +189,7 @@ def _made(
     student: MultiHead,
 ) -> tuple[dict[str, Weights], dict[str, str]]:
     """The starts, and why others were left out."""
-    _check(problem, teacher, student)
+    check_student(problem, teacher, student)
     task = _Task(problem, teacher, weights, student, split_heads(problem, teacher, weights))
     made: dict[str, Weights] = {}
     notes: dict[str, str] = {}
@@ -275,7 +276,7 @@ def _weights(task: _Task, groups: list[Group], pool: str | None, select: bool) -
         raise NotApplicable("norms of queries and keys leave no gauge to pool or truncate in")
     _, _, width, value_width = sizes(problem, student)
     rotary = rotary_of(student)
-    plain_width = width - (0 if rotary is None else rotary.width)
+    plain_width = width - turning_width(rotary)
     factors = []
     for family, target, turning in (
         (split.turning, None, True),
@@ -325,6 +326,8 @@ def _combined(
     width = left.shape[-1]
     if scales is None:
         assert rank is not None
+        if rank == 0:
+            return pooling.truncated(right, left, 0)
         if pool == "svd" or (pool is None and rank < width):
             return pooling.truncated(right, left, rank)
         made = _POOLINGS[pool or "mean"](right, left)
@@ -402,40 +405,3 @@ def _constant(split: Split, groups: list[Group], left: Tensor, right: Tensor) ->
             constant -= left[position] @ new[-1]
             position += 1
     return constant
-
-
-def _check(problem: AttentionProblem, teacher: MultiHead, student: MultiHead) -> None:
-    """Refuses a student that the teacher's weights cannot be brought into."""
-    names = ("heads", "kv_heads", "head_dim", "v_head_dim")
-    have, want = sizes(problem, teacher), sizes(problem, student)
-    for name, old, new in zip(names, have, want, strict=True):
-        if new > old:
-            raise ValueError(
-                f"the student has {name}={new} and the original {old}: a start from its weights "
-                "has not more"
-            )
-    missing = sorted(set(bias_names(teacher)) - set(bias_names(student)))
-    if missing:
-        raise ValueError(
-            f"the original has a bias of {' and '.join(missing)} and the student has none: give it "
-            "the same biases"
-        )
-    if (norm_of(teacher) is None) != (norm_of(student) is None):
-        raise ValueError(
-            f"norm_eps is {norm_of(teacher)} in the original and {norm_of(student)} in the "
-            "student: both have norms of queries and keys, or neither"
-        )
-    old_rotary, new_rotary = rotary_of(teacher), rotary_of(student)
-    if (old_rotary is None) != (new_rotary is None):
-        raise ValueError(
-            "one of original and student has rotary position embedding and the other has not: give "
-            "both, or neither"
-        )
-    if old_rotary is not None and new_rotary is not None:
-        plain = (have[2] - old_rotary.width, want[2] - new_rotary.width)
-        if len(new_rotary.frequencies) > len(old_rotary.frequencies) or plain[1] > plain[0]:
-            raise ValueError(
-                f"heads of {have[2]} coordinates, {old_rotary.width} of them turning, were given, "
-                f"and the student has {want[2]} and {new_rotary.width}: not more of either kind "
-                "is expected"
-            )

@@ -216,7 +216,7 @@ def _require_target(out: Path, checkpoint: Checkpoint, overwrite: bool) -> None:
 def _require_space(folder: Path, out: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(
+        raise _write_error(
             errno.ENOSPC,
             f"cannot write {out}: {needed / 1e6:.1f} MB are needed and {free / 1e6:.1f} MB are "
             "free; make space or choose another disk",
@@ -315,9 +315,14 @@ def _one_line(out: Path, error: Exception) -> OSError:
     """One clear line for whatever stopped a write."""
     text = (isinstance(error, OSError) and error.strerror) or str(error)
     code = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
-    full = code == errno.ENOSPC or "No space left" in text or "os error 28" in text
     if text.startswith("cannot write"):
-        return OSError(code, text)
-    if full:
-        text = "no space left on the disk; make space or choose another disk"
-    return OSError(errno.ENOSPC if full else code, f"cannot write {out}: {text}")
+        return _write_error(code, text)
+    if code == errno.ENOSPC or "No space left" in text:  # safetensors gives the text alone
+        code, text = errno.ENOSPC, "no space left; make space or choose another disk"
+    return _write_error(code, f"cannot write {out}: {text}")
+
+
+def _write_error(code: int, text: str) -> OSError:
+    error = OSError(text)  # of one argument: its text has no number in front
+    error.errno = code
+    return error

@@ -54,8 +54,9 @@ class GPT2Adapter(Adapter):
                 "layers that attend to another sequence (add_cross_attention) are not supported"
             )
         standard = config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx
-        kind = getattr(config, "_attn_implementation", None)
-        if VERSION < (5, 0) and not standard and kind != "eager":
+        # what was asked for: the public attribute of transformers 4 says eager where nothing was
+        asked = getattr(config, "_attn_implementation_internal", None)
+        if VERSION < (5, 0) and not standard and asked != "eager":
             raise ValueError(
                 "transformers 4 applies scale_attn_weights and scale_attn_by_inverse_layer_idx in "
                 "eager attention only: load the model with attn_implementation='eager'"

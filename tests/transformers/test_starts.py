@@ -1,0 +1,496 @@
+"""Starts from the original's weights: exact where nothing is lost, and against dense twins."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from attnreg.models import Features, MultiHead
+from attnreg.models.rotary import Rotary
+from attnreg.problem import AttentionProblem
+from attnreg.readout import NormalEquations
+from attnreg.transformers import frequencies, grouping, pooling
+from attnreg.transformers.headwise import split_heads
+from attnreg.transformers.starts import best_start, starts
+from tests.twins import normal
+
+WIDTH, OUT = 10, 9
+LOSSLESS = 1e-10  # float64 rounding, magnified by the condition of a handful of random features
+HAS_ROTARY = "rotary" in MultiHead.__dataclass_fields__  # the layer's own part of the change
+needs_rotary = pytest.mark.skipif(not HAS_ROTARY, reason="this MultiHead has no rotary")
+FREQUENCIES = (1.0, 0.3, 0.05)
+
+
+def turning(frequencies, **options):
+    return Rotary(tuple(frequencies), **options)
+
+
+def layer(heads, kv_heads, width, v_width=None, kind="bias"):
+    """A description: with biases, without, or with rotary (on all but the last coordinates)."""
+    if kind == "bias":
+        return MultiHead(heads, kv_heads, width, v_width)
+    if kind == "no bias":
+        return MultiHead(heads, kv_heads, width, v_width, bias=False)
+    pairs = (width - 2 if kind == "partial" else width) // 2
+    rotary = turning(FREQUENCIES[:pairs], interleaved=kind == "partial")
+    bias = kind == "partial"
+    return MultiHead(heads, kv_heads, width, v_width, bias=bias, rotary=rotary)
+
+
+KINDS = [
+    "bias",
+    "no bias",
+    pytest.param("rotary", marks=needs_rotary),
+    pytest.param("partial", marks=needs_rotary),
+]
+
+
+def inputs(seed=0):
+    return [normal(n, WIDTH, seed=seed + n) + 0.3 for n in (9, 14, 20, 14, 17, 11)]
+
+
+def problem_of(model, weights, A1=None):
+    """The layer's own outputs as targets, causal."""
+    A1 = inputs() if A1 is None else A1
+    empty = AttentionProblem(A1, [torch.zeros(len(a), OUT).double() for a in A1], mask="causal")
+    theta, readout = model.split(empty, weights)
+    columns = Features(empty, model, theta, products=False).columns
+    shapes = [batch.B.shape for batch in empty.batches]
+    rows = (columns @ readout).split([b * n for b, n, _ in shapes])
+    outputs = empty.unpad([r.view(s) for r, s in zip(rows, shapes, strict=True)])
+    return AttentionProblem(A1, outputs, mask="causal")
+
+
+def random_weights(model, seed=0):
+    shapes = model._shapes(
+        AttentionProblem(inputs(), [torch.zeros(len(a), OUT).double() for a in inputs()])
+    )
+    return {
+        name: normal(*shape, seed=seed + i) * (0.4 if name.startswith("W") else 0.2)
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+
+
+def head(weights, name, g, width):
+    """Views of one head's columns of a matrix and its bias."""
+    views = [weights[f"W_{name}"][:, g * width : (g + 1) * width]]
+    if f"b_{name}" in weights:
+        views.append(weights[f"b_{name}"][None, g * width : (g + 1) * width])
+    return views
+
+
+def gauge(kind, width, seed):
+    """A matrix that commutes with the turning: any, or a complex number a pair."""
+    pairs = {"rotary": width // 2, "partial": (width - 2) // 2}.get(kind, 0)
+    matrix = torch.zeros(width, width, dtype=torch.float64)
+    rest = width - 2 * pairs
+    matrix[2 * pairs :, 2 * pairs :] = normal(rest, rest, seed=seed) + torch.eye(rest)
+    for p in range(pairs):
+        a, b = normal(2, seed=seed + p + 1).tolist()
+        first, second = (2 * p, 2 * p + 1) if kind == "partial" else (p, p + pairs)
+        matrix[first, first] = matrix[second, second] = a
+        matrix[first, second], matrix[second, first] = b, -b
+    return matrix
+
+
+def copy_head(weights, model, source, target, kind):
+    """Key/value head ``target`` becomes ``source`` in another gauge."""
+    for name, width, how in (("K", model.head_dim, kind), ("V", model.v_head_dim, "bias")):
+        change = gauge(how, width, 10 * source + target)
+        for old, new in zip(
+            head(weights, name, source, width), head(weights, name, target, width), strict=True
+        ):
+            new.copy_(old @ change)
+
+
+def turned(weights, model, kind):
+    """The same layer in another gauge: of every key/value head, and the query heads it serves."""
+    weights = {name: w.clone() for name, w in weights.items()}
+    kv_heads, e, v = model.kv_heads, model.head_dim, model.v_head_dim
+    repeats = model.heads // kv_heads
+    for g in range(kv_heads):
+        keys, values = gauge(kind, e, 50 + g), gauge("bias", v, 80 + g)
+        for view in head(weights, "K", g, e):
+            view.copy_(view @ keys)
+        for view in head(weights, "V", g, v):
+            view.copy_(view @ values)
+        for h in range(g * repeats, (g + 1) * repeats):
+            for view in head(weights, "Q", h, e):
+                view.copy_(view @ torch.linalg.inv(keys).mT)
+            rows = weights["W_O"][h * v : (h + 1) * v]
+            rows.copy_(torch.linalg.solve(values, rows))
+    return weights
+
+
+# ---------------------------------------------------------------------- nothing is lost
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_duplicated_key_value_heads_are_found(kind, repeats):
+    teacher = layer(4 * repeats, 4, 4, 3, kind)
+    weights = random_weights(teacher)
+    copy_head(weights, teacher, 0, 1, kind)
+    copy_head(weights, teacher, 2, 3, kind)
+    problem = problem_of(teacher, weights)
+    start = best_start(problem, teacher, weights, layer(4 * repeats, 2, 4, 3, kind))
+    assert start.tried["aligned"] < LOSSLESS
+    assert start.tried["svd"] < LOSSLESS
+    assert start.tried["mean"] > 1e-2
+    assert start.relative_error == min(start.tried.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lossless_starts_need_no_new_readout(kind):
+    """The pooling's own ``W_O`` and ``b_O`` give the original's outputs already."""
+    teacher = layer(4, 2, 4, 3, kind)
+    weights = random_weights(teacher)
+    copy_head(weights, teacher, 0, 1, kind)
+    student = layer(4, 1, 4, 3, kind)
+    problem = problem_of(teacher, weights)
+    for name in ("aligned", "svd"):
+        start = starts(problem, teacher, weights, student)[name]
+        again = problem_of(student, start)
+        for ours, theirs in zip(again.batches, problem.batches, strict=True):
+            assert torch.allclose(ours.B, theirs.B, rtol=0, atol=LOSSLESS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_duplicates_in_other_groups_are_clustered(kind):
+    teacher = layer(8, 4, 4, 3, kind)
+    weights = random_weights(teacher)
+    copy_head(weights, teacher, 0, 2, kind)
+    copy_head(weights, teacher, 1, 3, kind)
+    problem = problem_of(teacher, weights)
+    start = best_start(problem, teacher, weights, layer(8, 2, 4, 3, kind))
+    assert start.tried["clustered aligned"] < LOSSLESS
+    assert start.tried["clustered svd"] < LOSSLESS
+    assert start.tried["aligned"] > 1e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_of_low_rank_become_narrow(kind):
+    """Logit maps of rank 2 (one pair or the rest where keys turn) and value maps of rank 2."""
+    teacher = layer(4, 2, 4, 3, kind)
+    weights = random_weights(teacher)
+    e, v = 4, 3
+    for g in range(2):
+        narrow = torch.diag(torch.tensor([1.0, 0.0, 1.0, 0.0]).double())  # the first pair
+        if kind == "partial":
+            narrow = torch.diag(torch.tensor([1.0, 1.0, 0.0, 0.0]).double())
+        keys = (
+            narrow if kind in ("rotary", "partial") else normal(e, 2, seed=g) @ normal(2, e, seed=g)
+        )
+        values = normal(v, 2, seed=9 + g) @ normal(2, v, seed=10 + g)
+        for view in head(weights, "K", g, e):
+            view.copy_(view @ keys)
+        for view in head(weights, "V", g, v):
+            view.copy_(view @ values)
+    student = layer(4, 2, 2, 2, "rotary" if kind == "partial" else kind)
+    if kind == "partial":
+        student = dataclasses.replace(student, bias=True, rotary=turning(FREQUENCIES[:1]))
+    problem = problem_of(teacher, weights)
+    start = best_start(problem, teacher, weights, student)
+    assert start.tried["svd"] < LOSSLESS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_duplicated_query_heads_are_dropped(kind):
+    teacher = layer(4, 2, 4, 3, kind)
+    weights = random_weights(teacher)
+    for source, target in ((0, 1), (3, 2)):
+        for old, new in zip(
+            head(weights, "Q", source, 4), head(weights, "Q", target, 4), strict=True
+        ):
+            new.copy_(old)
+    problem = problem_of(teacher, weights)
+    start = best_start(problem, teacher, weights, layer(2, 2, 4, 3, kind))
+    assert start.name == "dropped"
+    assert start.relative_error < LOSSLESS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_without_effect_is_dropped_with_its_query_heads(kind):
+    teacher = layer(8, 4, 4, 3, kind)
+    weights = random_weights(teacher)
+    weights["W_O"][2 * 3 : 4 * 3] = 0.0  # query heads 2 and 3, of key/value head 1
+    problem = problem_of(teacher, weights)
+    student = layer(6, 3, 4, 3, kind)
+    assert best_start(problem, teacher, weights, student).tried["dropped"] < LOSSLESS
+    made = starts(problem, teacher, weights, student)["dropped"]
+    for g, kept in enumerate((0, 2, 3)):
+        # Turning keys go through complex numbers times and by the rotary factor of 1.
+        assert torch.equal(head(made, "K", g, 4)[0], head(weights, "K", kept, 4)[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_shape_is_the_original(kind):
+    teacher = layer(4, 2, 4, 3, kind)
+    weights = random_weights(teacher)
+    made = starts(problem_of(teacher, weights), teacher, weights, teacher)
+    assert list(made) == ["original"]
+    for name, value in weights.items():
+        assert torch.allclose(made["original"][name], value, rtol=1e-15, atol=1e-15)
+
+
+# ---------------------------------------------------------------------- twins and invariances
+
+
+def random_family(r=3, heads=(2, 2, 2), w=3, complex_=False, seed=0):
+    def factor(*shape, seed):
+        real = normal(*shape, seed=seed)
+        return torch.complex(real, normal(*shape, seed=seed + 1)) if complex_ else real
+
+    left = [[factor(7, w, seed=seed + 10 * g + h) for h in range(heads[g])] for g in range(r)]
+    right = [factor(6, w, seed=seed + 100 + g) for g in range(r)]
+    x, z = normal(30, 7, seed=seed + 200), normal(30, 6, seed=seed + 201)
+    g1, g2 = x.mT @ x, z.mT @ z
+    cast = right[0].dtype
+    a = torch.stack([sum(q.mH @ g1.to(cast) @ q for q in own) for own in left])
+    b = torch.stack([torch.stack([k.mH @ g2.to(cast) @ k2 for k2 in right]) for k in right])
+    return left, right, x.to(cast), z.to(cast), a, b
+
+
+def applied(left, right, made):
+    new = sum(k @ c for k, c in zip(right, made.right, strict=True))
+    return [[q @ t for q in own] for own, t in zip(left, made.left, strict=True)], new
+
+
+@pytest.mark.parametrize("complex_", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_truncation_is_the_best_of_its_rank(complex_, scaled):
+    """Eckart and Young on the stacked maps, written out: the tail of their singular values."""
+    left, right, x, z, a, b = random_family(complex_=complex_)
+    scale = normal(3, seed=5).to(a.dtype) if scaled else torch.ones(3).to(a.dtype)
+    made = pooling.truncated(b, a, 2, scale)
+    queries, key = applied(left, right, made)
+    exact = torch.cat(
+        [x @ (q * scale) @ k.mT @ z.mT for own, k in zip(left, right, strict=True) for q in own]
+    )
+    ours = torch.cat([x @ q @ key.mT @ z.mT for own in queries for q in own])
+    tail = torch.linalg.svdvals(exact)[2:].square().sum()
+    assert torch.allclose((ours - exact).norm() ** 2, tail, rtol=1e-10)
+    if not scaled:
+        assert pooling.residual(b, a, 2) == pytest.approx(float(tail), rel=1e-10)
+    energies = [
+        (z @ key).norm(dim=0),
+        torch.cat([x @ q for own in queries for q in own]).norm(dim=0),
+    ]
+    assert torch.allclose(*energies, rtol=1e-8)
+
+
+@pytest.mark.parametrize("complex_", [False, True])
+def test_alignment_keeps_the_left_factors_and_does_not_depend_on_the_gauge(complex_):
+    left, right, x, z, a, b = random_family(complex_=complex_)
+    made = pooling.aligned(b, a)
+    queries, key = applied(left, right, made)
+    logits = [x @ q @ key.mT @ z.mT for own in queries for q in own]
+    change = torch.stack([normal(3, 3, seed=g) + 2 * torch.eye(3) for g in range(3)]).to(a.dtype)
+    other = torch.linalg.inv(change).mT
+    a2 = other.mH @ a @ other
+    b2 = torch.einsum("gac,ghab,hbd->ghcd", change.conj(), b, change)
+    again, key2 = applied(
+        [[q @ t for q in own] for own, t in zip(left, other, strict=True)],
+        [k @ m for k, m in zip(right, change, strict=True)],
+        pooling.aligned(b2, a2),
+    )
+    logits2 = [x @ q @ key2.mT @ z.mT for own in again for q in own]
+    for one, two in zip(logits, logits2, strict=True):
+        assert torch.allclose(one, two, rtol=0, atol=1e-7 * float(one.abs().max()))
+
+
+def test_alignment_is_not_beaten_by_nearby_turns():
+    """Unweighted it is generalised Procrustes: no small rotation of a head lowers the spread."""
+    _, right, _, z, _, b = random_family()
+    white = [z @ k @ torch.linalg.inv(torch.linalg.cholesky(k.mT @ z.mT @ z @ k)).mT for k in right]
+    a = torch.stack(
+        [torch.linalg.inv(k.mT @ z.mT @ z @ k) for k in right]
+    )  # the same energy in every direction
+    made = pooling.aligned(b, a)
+
+    def spread(heads):
+        middle = sum(heads) / len(heads)
+        return float(sum((k - middle).square().sum() for k in heads))
+
+    found = [z @ k @ torch.linalg.inv(t).mT for k, t in zip(right, made.left, strict=True)]
+    # The columns are balanced by one diagonal for all heads: undo it, so that each is white.
+    found = [k / found[0].norm(dim=0) for k in found]
+    assert torch.allclose(found[0].mT @ found[0], torch.eye(3).double(), atol=1e-9)
+    assert spread(found) <= spread(white)
+    for g, seed in itertools.product(range(3), range(20)):
+        skew = 0.02 * normal(3, 3, seed=seed)
+        moved = list(found)
+        moved[g] = found[g] @ torch.linalg.matrix_exp(skew - skew.mT)
+        assert spread(moved) >= spread(found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gauge_changes_no_error(kind):
+    teacher = layer(8, 4, 4, 3, kind)
+    weights = random_weights(teacher)
+    problem = problem_of(teacher, weights)
+    student = layer(6, 2, 4, 3, kind)
+    plain = best_start(problem, teacher, weights, student)
+    other = best_start(problem, teacher, turned(weights, teacher, kind), student)
+    for name, error in plain.tried.items():
+        if name.split()[-1] in ("aligned", "svd"):
+            assert other.tried[name] == pytest.approx(error, rel=1e-6)
+    assert plain.relative_error <= min(plain.tried.values())
+
+
+def test_contributions_are_the_increase_of_the_least_error():
+    teacher = layer(4, 4, 3, 2, "bias")
+    weights = random_weights(teacher)
+    problem = problem_of(teacher, weights, inputs())
+    noisy = problem.replace(B=[b + normal(*b.shape, seed=3) for b in problem._sequences.B])
+    theta, _ = teacher.split(noisy, weights)
+    columns = Features(noisy, teacher, theta, products=False).columns
+    targets = torch.cat([b.B.flatten(0, 1) for b in noisy.batches])
+    rows = torch.cat([b.weights.flatten() for b in noisy.batches])[:, None]
+
+    def loss(heads):
+        own = [c for h in heads for c in range(2 * h, 2 * h + 2)]
+        chosen = columns[:, [*own, 8]]
+        _, r = NormalEquations(rows * chosen, chosen, None, 0.0, 0).solve(targets, None)
+        return float((rows * r.square()).sum())
+
+    kept = list(range(4))
+    while len(kept) > 2:  # the greedy order, by solving every problem
+        kept = min(([h for h in kept if h != k] for k in kept), key=loss)
+    found = grouping.Contributions(noisy, teacher, weights)
+    assert found.kept([(h,) for h in range(4)], [0] * 4, {0: 2}) == kept
+    inverse = torch.linalg.inv(found._moments)
+    cost = found._cost(inverse, inverse @ found._right, (1,))
+    # The ridge of 1e-9 is the only difference.
+    assert cost == pytest.approx(loss([0, 2, 3]) - loss(range(4)), rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_clusters_against_all_partitions(seed):
+    """Exchanges from two beginnings find the best of the 15 partitions of these."""
+    distance = normal(6, 6, seed=seed).square()
+    distance = distance + distance.mT
+    distance.fill_diagonal_(0.0)
+
+    def cost(parts):
+        return sum(float(distance[list(p)][:, list(p)].sum()) for p in parts)
+
+    every = {
+        tuple(sorted(tuple(sorted(order[i : i + 2])) for i in (0, 2, 4)))
+        for order in itertools.permutations(range(6))
+    }
+    assert len(every) == 15
+    best = min(every, key=cost)
+    found = grouping.clusters(distance, 3)
+    assert cost(found) <= cost([(0, 1), (2, 3), (4, 5)])
+    assert cost(found) == pytest.approx(cost(best), rel=0.5)
+    assert sorted(h for part in found for h in part) == list(range(6))
+
+
+def test_distances_are_the_lost_shares():
+    teacher = layer(4, 4, 3, 2, "no bias")
+    weights = random_weights(teacher)
+    problem = problem_of(teacher, weights)
+    found = grouping.distances(split_heads(problem, teacher, weights))
+    scale = problem.total_weight**-0.5 * sum(m for _, m in problem.lengths) ** -0.5
+    a1 = torch.cat(inputs())
+    a2 = torch.cat([a - a.mean(0) for a in inputs()])
+    keys, values = [], []
+    for h in range(4):
+        q, k = head(weights, "Q", h, 3)[0] * 3**-0.5, head(weights, "K", h, 3)[0]
+        keys.append(a1 @ q @ k.mT @ a2.mT * scale)
+        values.append(a1 @ head(weights, "V", h, 2)[0] @ weights["W_O"][2 * h : 2 * h + 2])
+    logits = sum(x.square().sum() for x in keys)
+    outputs = sum(x.square().sum() for x in values)
+    lost = torch.linalg.svdvals(torch.cat([keys[1], keys[3]]))[3:].square().sum() / logits
+    lost += torch.linalg.svdvals(torch.cat([values[1], values[3]], 1))[2:].square().sum() / outputs
+    assert float(found[1, 3]) == pytest.approx(float(lost), rel=1e-8)
+
+
+# ---------------------------------------------------------------------- frequencies
+
+
+def visible_mean(problem, f):
+    """Mean of ``e^{i f d}`` over the visible pairs, one by one."""
+    terms = [
+        torch.polar(torch.ones(()).double(), torch.tensor(f * (j - i), dtype=torch.float64))
+        for n, _ in problem.lengths
+        for i in range(n)
+        for j in range(i + 1)
+    ]
+    return sum(terms) / len(terms)
+
+
+def test_transfer_is_a_least_squares_fit_over_the_visible_distances():
+    problem = problem_of(layer(2, 1, 2, 2, "bias"), random_weights(layer(2, 1, 2, 2, "bias")))
+    old, new = (1.0, 0.4, 0.05), (1.0, 0.1)
+    found = frequencies.transfer(problem, turning(old), turning(new))
+    among = torch.stack([torch.stack([visible_mean(problem, b - a) for b in new]) for a in new])
+    across = torch.stack([torch.stack([visible_mean(problem, b - a) for b in old]) for a in new])
+    expected = torch.linalg.solve(among + 1e-3 * torch.eye(2), across)
+    expected[:, 0] = torch.tensor([1.0, 0.0])  # both have it
+    assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+
+
+def test_matched_pairs_against_all_selections():
+    problem = problem_of(layer(2, 1, 2, 2, "bias"), random_weights(layer(2, 1, 2, 2, "bias")))
+    old, new = (1.0, 0.4, 0.2, 0.05), (1.0, 0.1)
+    energy = torch.tensor([1.0, 0.1, 3.0, 2.0]).double()
+    found = frequencies.matched(problem, turning(old), turning(new), energy)
+
+    def worth(chosen):
+        shares = [
+            visible_mean(problem, old[c] - new[i]).abs() ** 2 * energy[c]
+            for i, c in enumerate(chosen)
+        ]
+        return float(sum(shares))
+
+    best = max(itertools.combinations(range(4), 2), key=worth)
+    assert found.abs().argmax(1).tolist() == list(best)
+    assert float(found.abs().sum()) == 2.0
+
+
+# ---------------------------------------------------------------------- refusals and notes
+
+
+def test_more_of_something_is_refused():
+    teacher = layer(4, 2, 4, 3)
+    weights = random_weights(teacher)
+    problem = problem_of(teacher, weights)
+    with pytest.raises(ValueError, match="student has kv_heads=4 and the original 2"):
+        starts(problem, teacher, weights, layer(4, 4, 4, 3))
+    with pytest.raises(ValueError, match="bias of query and key and value and output"):
+        starts(problem, teacher, weights, layer(4, 1, 4, 3, "no bias"))
+
+
+def test_no_start_names_every_reason():
+    teacher = layer(12, 6, 4, 3)
+    weights = random_weights(teacher)
+    with pytest.raises(ValueError, match="no start leads .* serve 2 query heads"):
+        starts(problem_of(teacher, weights), teacher, weights, layer(12, 4, 4, 3))
+
+
+def test_a_start_that_fails_is_noted():
+    teacher = layer(2, 2, 3, 2)
+    weights = random_weights(teacher)
+    for view in head(weights, "K", 1, 3):
+        view[:, 2] = view[:, 1]
+    problem = problem_of(teacher, weights)
+    start = best_start(problem, teacher, weights, layer(2, 1, 3, 2))
+    assert "aligned" not in start.tried
+    assert "linearly dependent columns" in start.notes["aligned"]
+    assert "svd" in start.tried
+
+
+def test_float32_and_determinism():
+    teacher = layer(4, 4, 3, 2)
+    weights = random_weights(teacher)
+    problem = problem_of(teacher, weights).to(torch.float32)
+    student = layer(4, 2, 3, 2)
+    one, two = (best_start(problem, teacher, weights, student) for _ in range(2))
+    assert one.tried == two.tried
+    assert one.name == two.name
+    for name, value in one.weights.items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, two.weights[name])
