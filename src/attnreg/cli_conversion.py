@@ -1,17 +1,18 @@
-"""The commands ``compress`` and ``plan``. What they use of transformers is imported when they run."""
+"""The commands ``compress`` and ``plan``; what needs transformers is imported when they run."""
 
 from __future__ import annotations
 
 import shlex
 import sys
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attnreg.summaries import show
 from attnreg.storage import write_text
+from attnreg.summaries import show
 
 if TYPE_CHECKING:
     from attnreg.transformers.convert import Conversion
@@ -258,12 +259,10 @@ def _plan(
 def _settings(kv_heads: list[int], heads: list[int], head_dim: list[int]) -> list[Setting]:
     from attnreg.transformers.plan import Setting
 
-    found = [
-        Setting(g, h, r)
-        for h in (heads or [None])
-        for r in (head_dim or [None])
-        for g in (kv_heads or [None])
+    choices: list[list[int | None]] = [
+        [*values] if values else [None] for values in (kv_heads, heads, head_dim)
     ]
+    found = [Setting(*sizes) for sizes in product(*choices)]
     return [setting for setting in found if setting.given()]
 
 
@@ -345,7 +344,7 @@ def _summary(conversion: Conversion, verdict: str | None, as_json: bool) -> dict
     }
     names = ("model", "architecture", "loads_with", "obstacle")
     head = {name: report[name] for name in names if report[name] is not None}
-    return {**head, "heads / key/value heads / width": layers, **numbers, **extra}
+    return {**head, "heads/kv heads/width": layers, **numbers, **extra}
 
 
 def _dry_run(task: Task) -> dict[str, Any]:
@@ -436,7 +435,7 @@ def _check_figure(figure: Path | None) -> None:
 
 
 def _sizes(values: dict[str, int]) -> str:
-    return " / ".join(str(values[name]) for name in ("heads", "kv_heads", "head_dim"))
+    return "/".join(str(values[name]) for name in ("heads", "kv_heads", "head_dim"))
 
 
 def _number(value: Any) -> str:

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from attnreg.problem import AttentionProblem
 from attnreg.transformers.card import REPORT, build_report, model_card
-from attnreg.transformers.layer_fit import LayerFit, fit_layer
 from attnreg.transformers.journal import Journal
+from attnreg.transformers.layer_fit import LayerFit, fit_layer
 from attnreg.transformers.layers_file import LAYERS_FILE, layers_file
 from attnreg.transformers.shapes import AttentionShape
 from attnreg.transformers.streaming import Blockwise
@@ -182,6 +182,9 @@ class _Run:
 
         Returns:
             Weights by block, the records of the last fits, and the scores.
+
+        Raises:
+            OSError: If another program changes the journal meanwhile.
         """
         changed = [group for group in self.task.groups if group.changed]
         for sweep in range(self.sweeps):

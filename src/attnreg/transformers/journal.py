@@ -93,17 +93,17 @@ class Journal:
             name: As given to :meth:`write`.
 
         Returns:
-            Its tensors and its record; None if there is none, or if its file is damaged (then
-            there is a note).
+            Its tensors and its record; None if there is none, or if its file is damaged or of
+            another journal (then there is a note).
         """
         path = self._path(name)
         if not path.exists():
             return None
         try:
             tensors, metadata = read_tensors(path)
-            if metadata.get("journal") != self.digest:
-                raise ValueError(f"{path} belongs to another journal")
         except ValueError:
+            metadata = {}
+        if metadata.get("journal") != self.digest:
             note = f"{path.name} of the journal is damaged: this piece is done again"
             self.notes += [] if note in self.notes else [note]
             return None

@@ -202,8 +202,8 @@ def choose(profile: Sequence[Sequence[Measured]], budget: float) -> Choices:
     if found is None:
         least = sum(min(one.cost for one in layer) for layer in profile) / whole
         raise ValueError(
-            f"no plan keeps {budget:g} of the key/value cache; the smallest of these settings keeps "
-            f"{least:.3g}: raise the budget, or allow smaller settings"
+            f"no plan keeps {budget:g} of the key/value cache; the smallest of these settings "
+            f"keeps {least:.3g}: raise the budget, or allow smaller settings"
         )
     picked = tuple(layer[c.index] for layer, c in zip(profile, found, strict=True))
     return Choices(picked, sum(one.cost for one in picked) / whole)

@@ -3,10 +3,10 @@
 What surrounds the blocks (embeddings, masks, position embeddings, final norm, head) is
 transformers' own code with its own weights. In place of every block stands a stop. To apply block
 ``i`` to a batch, the surrounding model is run up to the ``i``-th stop, which gives the arguments
-that transformers calls the block with; the block itself, filled from the folder, is then called with
-these and with the stored hidden states. Blocks that the surrounding model passes on its way cost
-nothing. Only the hidden states of all tokens before one block are kept: in memory, or mapped from
-a file that has no name any more, so that nothing is left of it after a kill.
+that transformers calls the block with; the block itself, filled from the folder, is then called
+with these and with the stored hidden states. Blocks that the surrounding model passes on its way cost
+nothing. Only the hidden states of all tokens before one block are kept: in memory, or mapped from a
+file that has no name any more, so that nothing is left of it after a kill.
 
 Token rows are those of the windows one after another, padding left out: ``(tokens, width)``.
 """
@@ -17,6 +17,7 @@ import copy
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,16 @@ HEAD_TOKENS = 2048  # of a batch through the head, whose logits are wide
 MAPPED_BYTES = 2**30  # hidden states of this size and above are kept on disk
 
 
-class _Reached(Exception):  # noqa: N818 - no error: how a stop ends the surrounding model's forward
+class _Reached(Exception):
+    """No error: how a stop ends the surrounding model's forward."""
+
     def __init__(self, hidden: Tensor, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         super().__init__()
         self.hidden, self.arguments, self.named = hidden, arguments, named
 
 
-class _Taken(Exception):  # noqa: N818 - no error: how a block is left once its input is known
-    pass
+class _Taken(Exception):
+    """No error: how a block is left once its input is known."""
 
 
 class _Stop(nn.Module):
@@ -94,7 +97,8 @@ class Blockwise:
         self.offsets = [0]
         for row in ids:
             self.offsets.append(self.offsets[-1] + len(row))
-        self._model: Any = checkpoint.skeleton()
+        model: Any = checkpoint.skeleton()
+        self._model = model
         self._model.config.use_cache = False
         blocks = list(self.adapter.blocks(self._model))
         names = {id(module): name for name, module in self._model.named_modules()}
@@ -185,8 +189,7 @@ class Blockwise:
 
     def sequences(self, rows: Tensor, start: int, stop: int) -> list[Tensor]:
         """The rows of the windows ``start ... stop - 1``, one view each."""
-        bounds = self.offsets[start : stop + 1]
-        return [rows[low:high] for low, high in zip(bounds, bounds[1:], strict=False)]
+        return [rows[low:high] for low, high in pairwise(self.offsets[start : stop + 1])]
 
     # ------------------------------------------------------------------ the end of the model
 

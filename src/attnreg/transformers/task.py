@@ -258,18 +258,22 @@ def read_split(
     largest = max(max(row) for row in windows.ids)
     if largest >= size:
         raise ValueError(
-            f"the tokenizer gives id {largest}, the model has {size} embeddings: they do not belong "
-            "together"
+            f"the tokenizer gives id {largest}, the model has {size} embeddings: they do not "
+            "belong together"
         )
     return windows.split(options.held_out)
 
 
 def multi_head(shape: AttentionShape) -> MultiHead:
     """The model of a layer of a shape."""
-    extra = {} if shape.rotary is None else {"rotary": shape.rotary}
-    extra |= {} if shape.norm_eps is None else {"norm_eps": shape.norm_eps}
-    bias = len(shape.biases) == 4 if len(shape.biases) in (0, 4) else shape.biases
-    return MultiHead(shape.heads, shape.kv_heads, shape.head_dim, bias=bias, **extra)
+    return MultiHead(
+        shape.heads,
+        shape.kv_heads,
+        shape.head_dim,
+        bias=shape.biases,
+        rotary=shape.rotary,
+        norm_eps=shape.norm_eps,
+    )
 
 
 def model_digest(checkpoint: Checkpoint) -> str:
