@@ -1,14 +1,10 @@
 """Layers with rotation, norms and single biases against loops over heads, rows and pairs."""
 
-import itertools
-
 import pytest
 import torch
 
-from attnreg import AttentionProblem, MultiHead, fit
-from attnreg.curvature.preconditioner import gauss_newton_estimate, natural_metric
+from attnreg import AttentionProblem, MultiHead
 from attnreg.models import Features, Rotary
-from attnreg.objective import Objective
 from tests.twins import forward_product, normal, padded, relative, unpadded
 
 SIZES = (5, 7, 3)  # widths of A1, A2 and A3

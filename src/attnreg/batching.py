@@ -29,6 +29,7 @@ class Sequences:
         weights: Weights of the rows of B, each (n,).
         masks: None, one additive mask (n, m) for all sequences, or one for each.
         causal: Whether query i sees keys 0 to i only.
+        window: Of these the last so many only; None for all.
     """
 
     A1: list[Tensor]
@@ -38,6 +39,7 @@ class Sequences:
     weights: list[Tensor]
     masks: list[Tensor] | None
     causal: bool
+    window: int | None = None
 
     @property
     def lengths(self) -> tuple[tuple[int, int], ...]:
@@ -63,7 +65,9 @@ class Sequences:
         a1 = pick(self.A1)
         a2 = a1 if self.A2 is self.A1 else pick(self.A2)
         a3 = a1 if self.A3 is self.A1 else a2 if self.A3 is self.A2 else pick(self.A3)
-        return Sequences(a1, a2, a3, pick(self.B), pick(self.weights), masks, self.causal)
+        return Sequences(
+            a1, a2, a3, pick(self.B), pick(self.weights), masks, self.causal, self.window
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +84,7 @@ class Batch:
         causal: Whether, besides, query i sees keys 0 to i only.
         index: Positions of the sequences in the problem.
         lengths: Numbers of queries and keys of each sequence without padding.
+        window: How many keys a query sees where the mask is causal; None for all up to its own.
     """
 
     A1: Tensor
@@ -91,6 +96,7 @@ class Batch:
     causal: bool
     index: tuple[int, ...]
     lengths: tuple[tuple[int, int], ...]
+    window: int | None = None
 
 
 def make_batches(sequences: Sequences) -> tuple[tuple[Batch, ...], Sequences]:
@@ -150,7 +156,8 @@ def _make_batch(s: Sequences, group: list[int], lengths: list[tuple[int, int]]) 
     else:
         bias = _padding_bias(lengths, m, a1)
     b, weights = pad(s.B, n), pad(s.weights, n)
-    return Batch(a1, a2, a3, b, weights, bias, s.causal, tuple(group), tuple(lengths))
+    shape = tuple(group), tuple(lengths)
+    return Batch(a1, a2, a3, b, weights, bias, s.causal, *shape, s.window)
 
 
 def _pad(tensors: list[Tensor], length: int) -> Tensor:
@@ -196,4 +203,4 @@ def _views(s: Sequences, batches: tuple[Batch, ...]) -> Sequences:
     if masks is not None and bias is not None:
         cut = zip(view("bias", 0), s.lengths, strict=True) if len(masks) > 1 else ()
         masks = [row[:, :m] for row, (_, m) in cut] or [bias[0]]
-    return Sequences(a1, a2, a3, view("B", 0), view("weights", 0), masks, s.causal)
+    return Sequences(a1, a2, a3, view("B", 0), view("weights", 0), masks, s.causal, s.window)

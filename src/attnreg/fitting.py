@@ -141,6 +141,7 @@ def fit(
         seed=seed,
         scale=problem.scale,
         causal=problem.causal,
+        window=problem.window,
         problem_digest=problem.digest(),
         certificate=certificate,
         solver=solver,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attnreg.arrays import Structure, join
 from attnreg.batching import Sequences
+from attnreg.masks import causal_argument
 
 _CENTER = "center."  # prefix of the centres' names in a file
 _INPUTS = ("A1", "B", "A2", "A3", "mask", "weights")
@@ -55,10 +56,11 @@ def as_mask_argument(structure: Structure, sequences: Sequences) -> Any:
         sequences: The sequences.
 
     Returns:
-        None, ``"causal"``, additive masks in the structure of the sequences or one for all, or
-        ``("causal", masks)``.
+        None, ``"causal"``, additive masks in the structure of the sequences or one for all,
+        ``("causal", masks)``, or either with the window behind ``"causal"``.
     """
-    return _with_causal(sequences.causal, _join_masks(structure, sequences.masks))
+    masks = _join_masks(structure, sequences.masks)
+    return causal_argument(sequences.window, masks) if sequences.causal else masks
 
 
 def pack(
@@ -92,12 +94,15 @@ def pack(
         if value is not None
     }
     tensors |= {_CENTER + name: value for name, value in center.items()}
+    # Only where there is one, so that the digests of other problems stay what they were.
+    window = {} if sequences.window is None else {"window": sequences.window}
     return tensors, {
         "kind": "problem",
         "structure": structure,
         "lengths": [list(pair) for pair in sequences.lengths],
         "causal": sequences.causal,
         "aliases": aliases,
+        **window,
         **settings,
     }
 
@@ -133,7 +138,8 @@ def unpack(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> dict[s
     for name in ("A2", "A3"):  # A2 first: A3 may be the same as A2
         if name in metadata["aliases"]:
             inputs[name] = inputs[metadata["aliases"][name]]
-    inputs["mask"] = _with_causal(metadata["causal"], inputs["mask"])
+    if metadata["causal"]:
+        inputs["mask"] = causal_argument(metadata.get("window"), inputs["mask"])
     center = {
         name.removeprefix(_CENTER): value
         for name, value in tensors.items()
@@ -160,9 +166,3 @@ def _join_masks(structure: Structure, masks: list[Tensor] | None) -> Tensor | li
     if masks is None:
         return None
     return masks[0] if len(masks) == 1 else join(structure, masks)
-
-
-def _with_causal(causal: bool, mask: Any) -> Any:
-    if not causal:
-        return mask
-    return "causal" if mask is None else ("causal", mask)

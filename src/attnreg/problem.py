@@ -52,8 +52,9 @@ class AttentionProblem:
         A2: Key inputs (m, d_key); A1 by default.
         A3: Value inputs (m, d_value); A1 by default.
         mask: ``"causal"``, a boolean mask (True: may attend), an additive one (-inf: forbidden),
-            or ``("causal", mask)`` for both. A matrix (n, m) holds for every sequence; a
-            three-dimensional array or a list has one for each.
+            or ``("causal", mask)`` for both; ``("causal", w)`` or ``("causal", w, mask)`` with an
+            int ``w`` where query i sees keys i - w + 1 to i only. A matrix (n, m) holds for every
+            sequence; a three-dimensional array or a list has one for each.
         weights: Non-negative weights of the rows of B, (n,) for each sequence; 1 by default.
         scale: Factor of the logits, above 0; None leaves it to the model.
         ridge_x: Strength of the regulariser of X, at least 0.
@@ -122,6 +123,7 @@ class AttentionProblem:
             f"d_out={self.d_out}, {dtype_name(self.dtype)} on {self.device}",
         ]
         parts += ["causal"] if self.causal else []
+        parts += [] if self.window is None else [f"window={self.window}"]
         parts += ["masked"] if self._sequences.masks is not None else []
         parts += [] if self.scale is None else [f"scale={self.scale:g}"]
         parts += [f"ridge_x={self.ridge_x:g}"] if self.ridge_x else []
@@ -167,6 +169,11 @@ class AttentionProblem:
         return self._sequences.causal
 
     @property
+    def window(self) -> int | None:
+        """How many keys a query sees where the mask is causal; None for all up to its own."""
+        return self._sequences.window
+
+    @property
     def self_attention(self) -> bool:
         """Whether A1, A2 and A3 are the same."""
         return self._sequences.A1 is self._sequences.A2 is self._sequences.A3
@@ -190,6 +197,11 @@ class AttentionProblem:
     def mask(self) -> Mask | None:
         """The mask as the constructor takes it, additive where it is not only ``"causal"``."""
         return as_mask_argument(self.structure, self._sequences)
+
+    @property
+    def without_mask(self) -> bool:
+        """Whether there is no mask but ``"causal"`` and its window."""
+        return self._sequences.masks is None
 
     # -- pooled second moments
 

@@ -40,6 +40,7 @@ class FitResult:
         problem_digest: Digest of the problem that was solved.
         certificate: What was proven of the point, where ``fit`` was asked to.
         solver: Name of the solver that found it.
+        window: How many keys a query saw where the mask was causal; None for all up to its own.
     """
 
     parameters: Mapping[str, Tensor]
@@ -58,6 +59,7 @@ class FitResult:
     problem_digest: str
     certificate: Certificate | None = None
     solver: str = "trust-region"
+    window: int | None = None
 
     @property
     def converged(self) -> bool:
@@ -108,7 +110,7 @@ class FitResult:
             return predict(self.model, self.parameters, A1)
         d_out = self.parameters["W_O" if "W_O" in self.parameters else "Y"].shape[1]
         targets = _zero_targets(A1, d_out)
-        mask = and_causal(mask) if self.causal else mask
+        mask = and_causal(mask, self.window) if self.causal else mask
         problem = AttentionProblem(A1, targets, A2, A3, mask=mask, scale=self.scale)
         return predict(self.model, self.parameters, problem)
 
@@ -126,7 +128,7 @@ class FitResult:
             "notes": list(self.notes),
             "certificate": None if self.certificate is None else self.certificate.as_dict(),
         }
-        metadata |= {name: getattr(self, name) for name in (*_PLAIN, "solver")}
+        metadata |= {name: getattr(self, name) for name in (*_PLAIN, "solver", "window")}
         tensors = {name: value.cpu().contiguous() for name, value in self.parameters.items()}
         write_tensors(path, tensors, metadata)
 
@@ -157,6 +159,7 @@ class FitResult:
             notes=tuple(metadata["notes"]),
             certificate=None if certificate is None else Certificate.of_dict(certificate),
             solver=metadata.get("solver", "trust-region"),
+            window=metadata.get("window"),
             **{name: metadata[name] for name in _PLAIN},
         )
 

@@ -47,9 +47,9 @@ def fit_summary(result: FitResult) -> dict[str, Any]:
 
 def problem_summary(problem: AttentionProblem) -> dict[str, Any]:
     """Sizes and settings of a problem."""
-    mask = problem.mask
     masks = ["causal"] if problem.causal else []
-    masks += [] if mask is None or isinstance(mask, str) else ["given"]
+    masks += [] if problem.window is None else [f"window of {problem.window} keys"]
+    masks += [] if problem.without_mask else ["given"]
     queries, keys = ([*sizes] for sizes in zip(*problem.lengths, strict=True))
     sizes = ("n_sequences", "n_rows", "d_query", "d_key", "d_value", "d_out")
     settings = ("structure", "self_attention", "total_weight", "scale", "ridge_x", "ridge_y")

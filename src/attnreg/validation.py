@@ -74,8 +74,8 @@ def as_problem_sequences(
         _check_rows("weights", w, "A1", a1)
         _check_weights(w)
     lengths = [(len(queries), len(keys)) for queries, keys in zip(a1, a2, strict=True)]
-    causal, masks = as_masks(mask, lengths, like)
-    return structure, Sequences(a1, a2, a3, b, w, masks, causal)
+    causal, window, masks = as_masks(mask, lengths, like)
+    return structure, Sequences(a1, a2, a3, b, w, masks, causal, window)
 
 
 def as_device(device: torch.device | str | None) -> torch.device | None:

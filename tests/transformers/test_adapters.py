@@ -104,6 +104,56 @@ def test_what_transformers_4_does_not_compute_is_refused():
     refused(config_of("GPT2", scale_attn_weights=False), "attn_implementation='eager'")
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "albert"])
+def test_a_projection_that_is_more_than_a_matrix_is_refused(family):
+    class LowRank(torch.nn.Linear):
+        pass
+
+    model = AVAILABLE[family].make()
+    adapter = adapter_for(model.config)
+    block = adapter.blocks(model)[0]
+    first, _ = adapter.taps(block)
+    for owner in model.modules():
+        for name, child in list(owner.named_children()):
+            if child is first:
+                setattr(owner, name, LowRank(2, 2))
+    with pytest.raises(ValueError, match="is a LowRank, expected"):
+        adapter.read(block)
+
+
+def architectures(kind):
+    """Every model class of a configuration class, by name."""
+    for name in dir(transformers):
+        if name.startswith(kind) and ("For" in name or name.endswith("Model")):
+            cls = getattr(transformers, name)
+            config = getattr(cls, "config_class", None)
+            if config is getattr(transformers, f"{kind}Config") and "PreTrained" not in name:
+                yield cls
+
+
+@pytest.mark.parametrize("kind", sorted({family.config for family in AVAILABLE.values()}))
+def test_blocks_of_every_architecture(kind):
+    family = next(f for f in AVAILABLE.values() if f.config == kind)
+    config = getattr(transformers, f"{kind}Config")(**family.values)
+    found = list(architectures(kind))
+    assert len(found) >= 4
+    for cls in found:
+        with torch.device("meta"):
+            model = cls(config)
+        adapter = adapter_for(config)
+        blocks = adapter.blocks(model)
+        assert len(blocks) == (8 if kind == "Albert" else 2), cls
+        assert set(adapter.read(blocks[0])) == set(adapter.shape(config, 0).weights())
+
+
+def test_every_registered_family_is_in_the_battery():
+    tested = {getattr(transformers, f"{f.config}Config").model_type for f in AVAILABLE.values()}
+    with pytest.raises(ValueError, match="expected one of") as caught:
+        adapter_for(SimpleNamespace(model_type=None))
+    known = set(str(caught.value).split("expected one of ")[1].split(":")[0].split(", "))
+    assert known - tested == (set() if V5 else {"qwen3"})
+
+
 def test_unknown_and_doubled_families_are_refused():
     with pytest.raises(ValueError, match="'mamba' is not supported; expected one of albert, bert"):
         adapter_for(SimpleNamespace(model_type="mamba"))

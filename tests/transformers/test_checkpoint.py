@@ -192,7 +192,7 @@ def test_tied_weights_stored_twice_must_agree(llama: Path) -> None:
     assert checkpoint.aliases == {"lm_head.weight": "model.embed_tokens.weight"}
     tensors["lm_head.weight"][3, 4] += 1
     save_file(tensors, llama / shards.SINGLE, {"format": "pt"})
-    with pytest.raises(ValueError, match="different values for .* which the configuration ties"):
+    with pytest.raises(ValueError, match=r"different values for .* which the configuration ties"):
         Checkpoint.open(llama)
 
 

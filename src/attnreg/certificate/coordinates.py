@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from attnreg.certificate.doubled import Doubled, Number, add, matmul, multiply
+from attnreg.masks import hidden_keys
 from attnreg.models.checks import checked
 from attnreg.problem import AttentionProblem, Batch
 
@@ -45,6 +46,7 @@ class Sequence:
         position: Place of each row in its sequence, ``(n,)``.
         mask: Additive mask ``(n or 1, m)``, or None.
         causal: Whether, besides, a row sees the keys up to its own place only.
+        window: Of these the last so many only; None for all.
         seen: Which keys some row sees, ``(m,)``.
     """
 
@@ -57,6 +59,7 @@ class Sequence:
     mask: Tensor | None
     causal: bool
     seen: Tensor
+    window: int | None
 
     def bias(self, rows: slice) -> Tensor | None:
         """The additive mask of some rows, causal part included; None where it adds nothing."""
@@ -64,7 +67,7 @@ class Sequence:
         if self.mask is not None:
             bias = self.mask if self.mask.shape[0] == 1 else self.mask[rows]
         if self.causal:
-            hidden = torch.arange(len(self.k)) > self.position[rows, None]
+            hidden = hidden_keys(self.position[rows], torch.arange(len(self.k)), self.window)
             start = self.k.new_zeros(hidden.shape) if bias is None else bias.expand(hidden.shape)
             bias = start.masked_fill(hidden, -torch.inf)
         return bias
@@ -235,11 +238,11 @@ def _sequences(batch: Batch) -> list[Sequence]:
             mask = mask if bool(mask.any()) else None
         seen = torch.ones(m, dtype=torch.bool)
         if batch.causal and len(weighty):
-            seen = torch.arange(m) <= weighty[-1]
+            seen = ~hidden_keys(weighty, torch.arange(m), batch.window).all(0)
         if mask is not None:
             visible = mask > -torch.inf
             if batch.causal:
-                visible = visible & (torch.arange(m) <= weighty[:, None])
+                visible = visible & ~hidden_keys(weighty, torch.arange(m), batch.window)
             seen = seen & visible.any(0)
         found.append(
             Sequence(
@@ -252,6 +255,7 @@ def _sequences(batch: Batch) -> list[Sequence]:
                 mask,
                 batch.causal,
                 seen,
+                batch.window,
             )
         )
     return found

@@ -37,6 +37,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attnreg.masks import hidden_keys
 from attnreg.operations import Operations
 
 BLOCK_BYTES = 2 << 20
@@ -45,7 +46,7 @@ BLOCK_BYTES = 2 << 20
 
 @dataclass(frozen=True)
 class Block:
-    """Sequences ``b0:b1``, key/value heads ``g0:g1``, query rows ``n0:n1``, keys ``0:m1``."""
+    """Sequences ``b0:b1``, key/value heads ``g0:g1``, query rows ``n0:n1``, keys ``m0:m1``."""
 
     b0: int
     b1: int
@@ -54,10 +55,19 @@ class Block:
     n0: int
     n1: int
     m1: int
+    m0: int = 0
+
+    @property
+    def span(self) -> int:
+        """Number of keys."""
+        return self.m1 - self.m0
 
 
 def plan_blocks(
-    shape: tuple[int, int, int, int, int], itemsize: int, causal: bool
+    shape: tuple[int, int, int, int, int],
+    itemsize: int,
+    causal: bool,
+    window: int | None = None,
 ) -> Iterator[Block]:
     """Cuts the softmax matrices of a batch into blocks of about ``BLOCK_BYTES``.
 
@@ -65,22 +75,28 @@ def plan_blocks(
         shape: Sequences, key/value heads, query heads per key/value head, queries, keys.
         itemsize: Bytes of one number.
         causal: Whether keys after the last query row of a block may be left out.
+        window: Number of keys a row sees where it is causal, its own the last: those before the
+            window of the first row may be left out too. None for all.
 
     Yields:
         The blocks, in the order in which they are worked on.
     """
     b, g, r, n, m = shape
     room = max(1, BLOCK_BYTES // itemsize)
-    per_head = r * n * m
+    # A block of as many rows as the window is wide meets twice as many keys.
+    most = n if window is None or n <= 2 * window else max(16, window)
+    span = m if most == n or window is None else min(m, most + window - 1)
+    per_head = r * most * span
     sequences = max(1, min(b, room // (per_head * g)))
     heads = g if sequences > 1 else max(1, min(g, room // per_head))
-    rows = n if heads > 1 or per_head <= room else max(16, room // (r * m))
+    rows = most if heads > 1 or per_head <= room else max(16, room // (r * span))
     for b0 in range(0, b, sequences):
         for g0 in range(0, g, heads):
             for n0 in range(0, n, rows):
                 n1 = min(n, n0 + rows)
                 m1 = n1 if causal else m
-                yield Block(b0, min(b, b0 + sequences), g0, min(g, g0 + heads), n0, n1, m1)
+                m0 = 0 if window is None else max(0, n0 - window + 1)
+                yield Block(b0, min(b, b0 + sequences), g0, min(g, g0 + heads), n0, n1, m1, m0)
 
 
 class Attention:
@@ -95,6 +111,7 @@ class Attention:
         repeats: Number ``r`` of query heads per key/value head.
         bias: Additive mask ``(b or 1, n or 1, m)``, or None.
         causal: Whether query ``j`` sees keys ``0 ... j`` only.
+        window: Of these the last so many only; None for all.
         out: Where the features ``(b, n, g * r * v)`` are written.
         keep: Whether the softmax matrices are kept for the products that follow.
         operations: Where operations are counted; None counts for this attention alone.
@@ -113,12 +130,13 @@ class Attention:
         out: Tensor,
         keep: bool,
         operations: Operations | None = None,
+        window: int | None = None,
     ) -> None:
         b, n, _ = queries.shape
         m = keys.shape[1]
         self.groups, self.repeats = groups, repeats
         self.width = keys.shape[2] // groups
-        self.bias, self.causal = bias, causal
+        self.bias, self.causal, self.window = bias, causal, window
         self.features = out
         self.values = _by_head(values, groups)
         # The other half of each buffer receives the direction of a Jacobian product.
@@ -128,7 +146,7 @@ class Attention:
         self._queries[..., e:].copy_(_by_head(queries, groups, repeats))
         self._keys[..., :e].copy_(_by_head(keys, groups))
         shape = (b, groups, repeats, n, m)
-        self.blocks = list(plan_blocks(shape, queries.element_size(), causal))
+        self.blocks = list(plan_blocks(shape, queries.element_size(), causal, window))
         self._entries = sum(map(self._entries_of, self.blocks))
         self.operations = Operations() if operations is None else operations
         self._spend(e + self.values.shape[-1])
@@ -242,7 +260,7 @@ class Attention:
     def _entries_of(self, block: Block) -> int:
         """Entries of the softmax matrix of a block."""
         heads = (block.b1 - block.b0) * (block.g1 - block.g0) * self.repeats
-        return heads * (block.n1 - block.n0) * block.m1
+        return heads * (block.n1 - block.n0) * block.span
 
     def _spend(self, widths: int) -> None:
         """Counts products of all softmax matrices with ``widths`` columns or rows in all."""
@@ -273,15 +291,15 @@ class Attention:
         if self.bias is None and not self.causal:
             return z
         rows = block.n1 - block.n0
-        full = z.view(block.b1 - block.b0, block.g1 - block.g0, self.repeats, rows, block.m1)
+        full = z.view(block.b1 - block.b0, block.g1 - block.g0, self.repeats, rows, block.span)
         if self.bias is not None:
             bias = self.bias if self.bias.shape[0] == 1 else self.bias[block.b0 : block.b1]
             bias = bias if bias.shape[1] == 1 else bias[:, block.n0 : block.n1]
-            full += bias[:, None, None, :, : block.m1]
+            full += bias[:, None, None, :, block.m0 : block.m1]
         if self.causal:
-            query = torch.arange(block.n0, block.n1, device=z.device)[:, None]
-            key = torch.arange(block.m1, device=z.device)
-            full.masked_fill_(key > query, float("-inf"))
+            query = torch.arange(block.n0, block.n1, device=z.device)
+            key = torch.arange(block.m0, block.m1, device=z.device)
+            full.masked_fill_(hidden_keys(query, key, self.window), float("-inf"))
         return z
 
     def _logit_change(self, block: Block, keys_move: bool) -> tuple[Tensor, Tensor]:
@@ -310,8 +328,8 @@ class Attention:
         return part.reshape(-1, self.repeats * (block.n1 - block.n0), part.shape[-1])
 
     def _key_side(self, heads: Tensor, block: Block) -> Tensor:
-        part = heads[block.b0 : block.b1, block.g0 : block.g1, : block.m1]
-        return part.reshape(-1, block.m1, part.shape[-1])
+        part = heads[block.b0 : block.b1, block.g0 : block.g1, block.m0 : block.m1]
+        return part.reshape(-1, block.span, part.shape[-1])
 
     def _rows_view(self, rows: Tensor, block: Block) -> Tensor:
         """The block of ``(b, n, g * r * k)`` as a view ``(b, g, r, n, k)``."""
@@ -329,7 +347,7 @@ class Attention:
         part.copy_(value.view(part.shape))
 
     def _accumulate(self, heads: Tensor, block: Block, value: Tensor) -> None:
-        part = heads[block.b0 : block.b1, block.g0 : block.g1, : block.m1]
+        part = heads[block.b0 : block.b1, block.g0 : block.g1, block.m0 : block.m1]
         part += value.view(part.shape)
 
     def _gradient_buffers(

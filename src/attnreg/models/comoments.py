@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from attnreg.masks import hidden_keys
 from attnreg.models import attention
 from attnreg.models.attention import Attention, Block
 
@@ -65,14 +66,14 @@ class AttentionMoments(Attention):
             # Moments about the mean over all keys: less is lost when the row's own mean goes.
             if held != (block.b0, block.b1, block.g0, block.g1):  # else those before serve again
                 held = (block.b0, block.b1, block.g0, block.g1)
-                every = replace(block, m1=keys.shape[1])
+                every = replace(block, m0=0, m1=keys.shape[1])
                 a, c = self._for_heads(keys, every), self._for_heads(values, every)
                 a, shift = a - a.mean(1, keepdim=True), c.mean(1, keepdim=True)
                 c = c - shift
                 products = (c[..., None] * a[..., None, :]).flatten(2)
-            seen = a[:, : block.m1]
-            key_mean, value_mean = torch.bmm(s, seen), torch.bmm(s, c[:, : block.m1])
-            second = torch.bmm(s, products[:, : block.m1]).unflatten(2, (q, p))
+            seen = a[:, block.m0 : block.m1]
+            key_mean, value_mean = torch.bmm(s, seen), torch.bmm(s, c[:, block.m0 : block.m1])
+            second = torch.bmm(s, products[:, block.m0 : block.m1]).unflatten(2, (q, p))
             second.sub_(value_mean[..., None] * key_mean[..., None, :])
             third = None
             if cotangent is not None:
@@ -97,7 +98,7 @@ class AttentionMoments(Attention):
 
     def _for_heads(self, rows: Tensor, block: Block) -> Tensor:
         """The block's keys of ``(b, m, k)``, the same for each of its key/value heads."""
-        part = rows[block.b0 : block.b1, None, : block.m1]
+        part = rows[block.b0 : block.b1, None, block.m0 : block.m1]
         return part.expand(-1, block.g1 - block.g0, -1, -1).flatten(0, 1)
 
     def peaks(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,8 +142,8 @@ class AttentionMoments(Attention):
             bias = (bias if bias.shape[1] == 1 else bias.index_select(1, rows))[..., :m1]
         if self.causal:
             hidden = torch.zeros((1, len(rows), m1), dtype=queries.dtype, device=queries.device)
-            later = torch.arange(m1, device=rows.device) > rows[:, None]
-            hidden.masked_fill_(later, float("-inf"))
+            unseen = hidden_keys(rows, torch.arange(m1, device=rows.device), self.window)
+            hidden.masked_fill_(unseen, float("-inf"))
             bias = hidden if bias is None else bias + hidden
         out = queries.new_empty((1, len(rows), self.values.shape[-1]))
         keys, values = self._keys[sequence, :, :m1, :e], self.values[sequence, :, :m1]

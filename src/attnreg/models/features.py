@@ -129,6 +129,7 @@ class Features:
                 out=out,
                 keep=keep,
                 operations=self.operations,
+                window=batch.window,
             )
             if products:
                 self._attention.append(attention)

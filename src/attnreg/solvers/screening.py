@@ -20,10 +20,12 @@ of the logits and of the targets, so that the scale of the inputs does not matte
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnreg.masks import hidden_keys
 from attnreg.objective import Objective
 from attnreg.problem import Batch
 
@@ -167,7 +169,7 @@ class _Race:
         chosen = 0
         if len(self._batches) > 1:
             chosen = int(torch.multinomial(self._chances, 1, generator=self._generator))
-        a1, a2, a3, b, w, bias, causal = self._batches[chosen]
+        (a1, a2, a3, b, w, bias), causal, window = self._batches[chosen]
         sequences, n = a1.shape[:2]
         index = torch.randint(0, sequences, (STARTS,), generator=self._generator)
         begin = int(torch.randint(0, max(1, n - ROWS + 1), (1,), generator=self._generator))
@@ -178,9 +180,10 @@ class _Race:
             additive = bias if bias.shape[0] == 1 else bias[index]
             additive = additive if additive.shape[1] == 1 else additive[:, begin:end]
         if causal:
-            rows = torch.arange(begin, end, device=self._device)[:, None]
-            later = torch.arange(a2.shape[1], device=self._device) > rows
-            hidden = torch.zeros(later.shape, device=self._device).masked_fill_(later, -torch.inf)
+            rows = torch.arange(begin, end, device=self._device)
+            keys = torch.arange(a2.shape[1], device=self._device)
+            unseen = hidden_keys(rows, keys, window)
+            hidden = torch.zeros(unseen.shape, device=self._device).masked_fill_(unseen, -torch.inf)
             additive = hidden[None] if additive is None else additive + hidden
         q = a1[index, begin:end] * self._scale
         return q, a2[index], a3[index], b[index, begin:end], w[index, begin:end], additive
@@ -189,9 +192,9 @@ class _Race:
         return torch.randn((STARTS, *shape), generator=self._generator).to(self._device)
 
 
-def _single(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, bool]:
-    """A batch in float32."""
+def _single(batch: Batch) -> tuple[tuple[Any, ...], bool, int | None]:
+    """A batch's tensors in float32, whether it is causal, and its window."""
     tensors = (batch.A1, batch.A2, batch.A3, batch.B, batch.weights[..., None])
     a1, a2, a3, b, w = (tensor.float() for tensor in tensors)
     bias = None if batch.bias is None else batch.bias.float()
-    return a1, a2, a3, b, w, bias, batch.causal
+    return (a1, a2, a3, b, w, bias), batch.causal, batch.window

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from attnreg.models.rotary import Rotary
 from attnreg.transformers.shapes import AttentionShape
 from attnreg.transformers.shards import read_json
 
@@ -25,7 +22,7 @@ def layers_file(shapes: Sequence[AttentionShape]) -> bytes:
     Returns:
         JSON as UTF-8.
     """
-    content = {"format": FORMAT, "layers": [dataclasses.asdict(shape) for shape in shapes]}
+    content = {"format": FORMAT, "layers": [shape.to_dict() for shape in shapes]}
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
@@ -48,15 +45,8 @@ def read_layers(path: Path) -> tuple[AttentionShape, ...]:
             "upgrade attnreg"
         )
     try:
-        return tuple(_shape(layer) for layer in content["layers"])
+        return tuple(AttentionShape.from_dict(layer) for layer in content["layers"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} does not describe layers ({error}); write the folder again"
         ) from error
-
-
-def _shape(layer: dict[str, Any]) -> AttentionShape:
-    rotary = layer["rotary"]
-    if rotary is not None:
-        rotary = Rotary(**{**rotary, "frequencies": tuple(rotary["frequencies"])})
-    return AttentionShape(**{**layer, "biases": tuple(layer["biases"]), "rotary": rotary})

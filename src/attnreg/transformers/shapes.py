@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from attnreg.models import MultiHead
 from attnreg.models.rotary import Rotary
 
 BIASES = ("query", "key", "value", "output")
@@ -108,6 +109,17 @@ class AttentionShape:
         if self.norm_eps is not None:
             shapes |= {"g_Q": (self.head_dim,), "g_K": (self.head_dim,)}
         return shapes
+
+    def model(self) -> MultiHead:
+        """The layer as a model to fit; mask and scale are the problem's."""
+        return MultiHead(
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            bias=self.biases,
+            rotary=self.rotary,
+            norm_eps=self.norm_eps,
+        )
 
     def mask(self) -> str | tuple[str, int] | None:
         """The mask of :class:`attnreg.AttentionProblem` that the layer has."""

@@ -82,27 +82,13 @@ def resize_attention(
     resized: dict[int, AttentionShape] = {}
     for block, shape in zip(blocks, shapes, strict=True):
         if id(block) not in resized:
-            adapter.write(block, empty_weights(shape), shape)
+            weights = {
+                name: torch.empty(size, device="meta") for name, size in shape.weights().items()
+            }
+            adapter.write(block, weights, shape)
             resized[id(block)] = shape
         elif resized[id(block)] != shape:
             raise ValueError(
                 f"{source} gives different shapes to a block that the model applies several times"
             )
     model.eval()
-
-
-def empty_weights(shape: AttentionShape) -> dict[str, Tensor]:
-    """Weights of a layer on the meta device, by the names of :class:`attnreg.MultiHead`."""
-    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    sizes: dict[str, tuple[int, ...]] = {
-        "W_Q": (shape.width, queries),
-        "W_K": (shape.width, keys),
-        "W_V": (shape.width, keys),
-        "W_O": (queries, shape.width),
-    }
-    outputs = {"query": queries, "key": keys, "value": keys, "output": shape.width}
-    for name in shape.biases:
-        sizes[f"b_{name[0].upper()}"] = (outputs[name],)
-    if shape.norm_eps is not None:
-        sizes |= {"g_Q": (shape.head_dim,), "g_K": (shape.head_dim,)}
-    return {name: torch.empty(size, device="meta") for name, size in sizes.items()}

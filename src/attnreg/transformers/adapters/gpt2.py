@@ -13,6 +13,7 @@ from attnreg.transformers.adapters.base import Adapter, register
 from attnreg.transformers.adapters.modules import (
     VERSION,
     GroupedConv1D,
+    check_plain,
     check_sizes_only,
     check_weights,
     exchange,
@@ -80,6 +81,8 @@ class GPT2Adapter(Adapter):
     def read(self, block: Any) -> dict[str, Tensor]:
         """Copies of the weights, the fused projection taken apart."""
         fused, out = block.attn.c_attn, block.attn.c_proj
+        check_plain(fused, Conv1D, GroupedConv1D)
+        check_plain(out, Conv1D)
         queries = out.weight.shape[0]
         keys = (fused.weight.shape[1] - queries) // 2
         weights: dict[str, Tensor] = {}

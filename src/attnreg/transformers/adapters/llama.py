@@ -218,6 +218,7 @@ def _rotary_module(config: Any, head_dim: int) -> nn.Module:
 
 def _rotary(config: Any, head_dim: int) -> Rotary:
     """The frequencies that transformers derives for heads of a size."""
+    # those of type "dynamic" change beyond max_position_embeddings: these hold up to there
     module = _rotary_module(config, head_dim)
     kind = getattr(module, "rope_type", "default")
     if kind == "longrope":

@@ -108,10 +108,24 @@ def _named(weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
 
 def read_linear(module: Any, letter: str) -> dict[str, Tensor]:
     """Copies of a linear module's ``W_letter`` and, where it has one, ``b_letter``."""
+    check_plain(module, nn.Linear, GroupedLinear)
     found = {f"W_{letter}": module.weight.detach().T.contiguous().clone()}
     if module.bias is not None:
         found[f"b_{letter}"] = module.bias.detach().clone()
     return found
+
+
+def check_plain(module: nn.Module, *kinds: type[nn.Module]) -> None:
+    """Refuses a projection that holds more than a matrix: quantised, or wrapped by an adapter.
+
+    Raises:
+        ValueError: If its type is none of ``kinds``.
+    """
+    if type(module) not in kinds:
+        raise ValueError(
+            f"a projection is a {type(module).__name__}, expected {kinds[0].__name__}: load the "
+            "model without quantisation, merge low-rank adapters into it"
+        )
 
 
 def check_weights(weights: Mapping[str, Tensor], shape: AttentionShape) -> None:
