@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
-from dataclasses import asdict
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,7 +15,7 @@ from attnreg.summaries import show
 if TYPE_CHECKING:
     from attnreg.transformers.convert import Conversion
     from attnreg.transformers.plan import Plan, Setting
-    from attnreg.transformers.task import Options, Task
+    from attnreg.transformers.task import Task
 
 TOO_LOSSY, INTERRUPTED = 3, 130
 
@@ -140,6 +138,7 @@ def compress_command(
     --min-cosine allows; the folder is written all the same.
     """
     _need_transformers()
+    from attnreg.transformers.tables import command_line, conversion_summary, dry_run_summary
     from attnreg.transformers.task import Options, prepare
 
     options = Options(
@@ -159,14 +158,14 @@ def compress_command(
     task = prepare(model, sizes, calibration, options)
     _check_bounds(task, max_excess, min_cosine)
     if dry_run:
-        show(_dry_run(task), as_json=as_json, quiet=quiet)
+        show(dry_run_summary(task), as_json=as_json, quiet=quiet)
         sys.exit(0)
     assert out is not None
     given = {"kv-heads": kv_heads, "heads": heads, "head-dim": head_dim, "layers": layers}
-    command = _command(model, calibration, out, given, plan, options)
+    command = command_line(model, calibration, out, given, plan, options)
     conversion = _convert(task, out, restart, command, sys.stderr.isatty() and not quiet)
     verdict = _verdict(conversion, max_excess, min_cosine)
-    show(_summary(conversion, verdict, as_json), as_json=as_json, quiet=quiet)
+    show(conversion_summary(conversion, verdict, as_json), as_json=as_json, quiet=quiet)
     if verdict is not None:
         typer.echo(f"attnreg: {verdict}; {out} was written all the same", err=True)
         sys.exit(TOO_LOSSY)
@@ -200,6 +199,7 @@ def plan_command(
     from attnreg.transformers.checkpoint import Checkpoint
     from attnreg.transformers.display import MeasureDisplay
     from attnreg.transformers.sensitivity import choose, choose_even, measure
+    from attnreg.transformers.tables import profile_summary
     from attnreg.transformers.task import Options, read_split
 
     if not 0 < kv_budget <= 1:
@@ -220,7 +220,7 @@ def plan_command(
         from attnreg.report.sensitivity import save_profile
 
         save_profile(figure, profile, chosen.measured)
-    show(_profile_summary(profile, chosen, even, out, as_json), as_json=as_json, quiet=quiet)
+    show(profile_summary(profile, chosen, even, out, as_json), as_json=as_json, quiet=quiet)
 
 
 # -- parts
@@ -311,118 +311,6 @@ def _verdict(
     return None
 
 
-def _summary(conversion: Conversion, verdict: str | None, as_json: bool) -> dict[str, Any]:
-    report = conversion.report
-    extra = {
-        "out": str(conversion.out),
-        "seconds": conversion.seconds,
-        "too_lossy": verdict,
-        "notes": list(conversion.notes),
-    }
-    if as_json:
-        return report | extra
-    layers = [
-        {
-            "layer": ", ".join(map(str, layer["layers"])),
-            "original": _sizes(layer["original"]),
-            "student": _sizes(layer["student"]),
-            "start": layer["first_start"],
-            "fitted": layer["error"],
-            "held_out": layer["held_out_error"],
-        }
-        for layer in report["layers"]
-    ]
-    numbers = {
-        name: f"{_number(report['before'].get(name))} -> {_number(value)}"
-        for name, value in report["after"].items()
-        if value is not None and name in report["before"]
-    }
-    numbers |= {
-        name: value
-        for name, value in report["after"].items()
-        if value is not None and name not in report["before"]
-    }
-    names = ("model", "architecture", "loads_with", "obstacle")
-    head = {name: report[name] for name in names if report[name] is not None}
-    return {**head, "heads/kv heads/width": layers, **numbers, **extra}
-
-
-def _dry_run(task: Task) -> dict[str, Any]:
-    from attnreg.transformers.card import cache_bytes, parameters, sizes
-    from attnreg.transformers.estimate import estimate
-
-    needs = estimate(task)
-    layers = [
-        {
-            "layer": ", ".join(map(str, group.applications)),
-            "original": _sizes(sizes(group.original)),
-            "student": _sizes(sizes(group.student)),
-            "parameters": parameters(group.student) - parameters(group.original),
-            "kv_bytes_per_token": cache_bytes(group.student, task.dtype.itemsize),
-        }
-        for group in task.groups
-    ]
-    return {
-        "model": task.checkpoint.folder.name,
-        "student": type(task.config).__name__,
-        "loads_with": "transformers" if task.obstacle is None else "attnreg.load",
-        "obstacle": task.obstacle,
-        "layers": layers,
-        "windows": [len(task.fit), len(task.held_out)],
-        "tokens": [task.fit.tokens, task.held_out.tokens],
-        "options": asdict(task.options),
-        "estimated_seconds": needs.seconds,
-        "estimated_memory_bytes": needs.memory,
-        "estimated_disk_bytes": needs.disk,
-    }
-
-
-def _profile_summary(
-    profile: Any, chosen: Any, even: Any, out: Path | None, as_json: bool
-) -> dict[str, Any]:
-    def row(one: Any) -> dict[str, Any]:
-        return {
-            "layer": ", ".join(map(str, one.layers)),
-            "setting": str(one.setting),
-            "kv_numbers_per_token": one.cost,
-            "error": one.error,
-            "start": one.start,
-        }
-
-    rows = [row(one) | {"chosen": one in chosen.measured} for layer in profile for one in layer]
-    if as_json:
-        for line, one in zip(rows, [m for layer in profile for m in layer], strict=True):
-            line |= {"layers": list(one.layers), "sizes": one.setting.given()}
-    summary: dict[str, Any] = {
-        "profile": rows,
-        "plan": {str(one.layers[0]): str(one.setting) for one in chosen.measured},
-        "share_of_cache": chosen.share,
-        "sum_of_squared_errors": chosen.loss,
-    }
-    if even is not None:
-        summary["best_even_setting"] = str(even.measured[0].setting)
-        summary["its_sum_of_squared_errors"] = even.loss
-    return summary | {"out": None if out is None else str(out)}
-
-
-def _command(
-    model: str,
-    calibration: str,
-    out: Path,
-    sizes: dict[str, Any],
-    plan: Path | None,
-    options: Options,
-) -> str:
-    """The command line with what decides the result, and names without their folders."""
-    words = ["attnreg", "compress", Path(model).name]
-    named = {"calibration": Path(calibration).name, **sizes}
-    named["plan"] = None if plan is None else plan.name
-    named |= {name.replace("_", "-"): value for name, value in asdict(options).items()}
-    for name, value in named.items():
-        words += [] if value is None else [f"--{name}", str(value)]
-    return shlex.join([*words, "--out", out.name])
-
-
 def _check_figure(figure: Path | None) -> None:
     if figure is None:
         return
@@ -432,11 +320,3 @@ def _check_figure(figure: Path | None) -> None:
         raise ValueError("--figure needs matplotlib: pip install 'attnreg[plots]'") from error
     if not figure.resolve().parent.is_dir():
         raise ValueError(f"--figure {figure}: its folder does not exist; make it first")
-
-
-def _sizes(values: dict[str, int]) -> str:
-    return "/".join(str(values[name]) for name in ("heads", "kv_heads", "head_dim"))
-
-
-def _number(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else f"{value:,}"

@@ -155,7 +155,7 @@ SIZE = ("--kv-heads", 1, "--out", "small")
         ((*PLAN, "--kv-budget", 0.1), "the smallest of these settings keeps 0.5"),
         ((*PLAN, "--figure", "none/plan.png"), "make it first"),
         (
-            ("compress", "bert", "--calibration", "text.txt", *SIZE, "--max-excess", 1),
+            ("compress", "bert", *COMPRESS[2:], *SIZE, "--max-excess", 1),
             "--min-cosine",
         ),
         (("compress", "llama", "--calibration", "none.txt", *SIZE), "none.txt does not exist"),

@@ -1,4 +1,4 @@
-"""A conversion end to end on tiny random models, checked against the models it began and ended with."""
+"""A conversion end to end on tiny random models, checked against the models before and after."""
 
 import json
 import subprocess

@@ -68,7 +68,7 @@ def test_a_written_plan_is_read_as_it_was(tmp_path):
 def test_files_that_are_no_plan(tmp_path, text, words):
     path = tmp_path / "plan.toml"
     path.write_text(text)
-    with pytest.raises(ValueError, match="plan.toml") as refused:
+    with pytest.raises(ValueError, match=r"plan\.toml") as refused:
         read_plan(path)
     assert words in str(refused.value)
 
@@ -126,7 +126,7 @@ def test_shapes_of_a_plan(llama):
     ],
 )
 def test_plans_that_do_not_suit_the_model(llama, plan, words):
-    with pytest.raises(ValueError, match="expected|choose|must be|give") as refused:
+    with pytest.raises(ValueError, match=r"expected|choose|must be|give") as refused:
         shapes(llama, plan)
     assert words in str(refused.value)
 
@@ -172,7 +172,7 @@ def test_profile_and_choice(llama, tmp_path):
     assert chosen.plan() == Plan(layers={least: Setting(kv_heads=1)})
     assert choose_even(profile, 5 / 6).measured[0].setting == Setting(kv_heads=1)
     assert choose(profile, 0.5).plan() == Plan(Setting(kv_heads=1))
-    with pytest.raises(ValueError, match="the smallest of these settings keeps 0.5"):
+    with pytest.raises(ValueError, match=r"the smallest of these settings keeps 0\.5"):
         choose(profile, 0.4)
     better = measure(llama, *windows, [], Options(max_iterations=3))
     rounding = 1 + 1e-5  # the readout without iterations is solved for once more

@@ -127,8 +127,8 @@ def model_card(report: Mapping[str, Any]) -> str:
         *rows,
         "",
         f"Held-out text: {text['held_out']['windows']} windows, {text['held_out']['tokens']} "
-        f"tokens of {text['source']}, a split of the calibration text that nothing was fitted on. Fitted "
-        f"on {text['fit']['windows']} windows, {text['fit']['tokens']} tokens.",
+        f"tokens of {text['source']}, a split of the calibration text that nothing was fitted on. "
+        f"Fitted on {text['fit']['windows']} windows, {text['fit']['tokens']} tokens.",
         "",
         "## Layers",
         "",

@@ -4,9 +4,9 @@ What surrounds the blocks (embeddings, masks, position embeddings, final norm, h
 transformers' own code with its own weights. In place of every block stands a stop. To apply block
 ``i`` to a batch, the surrounding model is run up to the ``i``-th stop, which gives the arguments
 that transformers calls the block with; the block itself, filled from the folder, is then called
-with these and with the stored hidden states. Blocks that the surrounding model passes on its way cost
-nothing. Only the hidden states of all tokens before one block are kept: in memory, or mapped from a
-file that has no name any more, so that nothing is left of it after a kill.
+with these and with the stored hidden states. Blocks that the surrounding model passes on its way
+cost nothing. Only the hidden states of all tokens before one block are kept: in memory, or mapped
+from a file that has no name any more, so that nothing is left of it after a kill.
 
 Token rows are those of the windows one after another, padding left out: ``(tokens, width)``.
 """
