@@ -19,7 +19,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from torch import Tensor
 
-from attnreg import __version__
+from attnreg import __version__, cli_conversion
 from attnreg.certificate import Certificate, Kind, verify
 from attnreg.fitting import SOLVERS, fit
 from attnreg.masks import and_causal
@@ -288,6 +288,9 @@ def demo_command(
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
         _stop("the demo needs matplotlib: pip install 'attnreg[plots]'", BAD_INPUT)
+
+
+cli_conversion.add_to(app)
 
 
 @app.callback(no_args_is_help=True)

@@ -1,0 +1,206 @@
+"""The report and the model card of a converted folder: numbers before and after, no times."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from attnreg.transformers.shapes import AttentionShape
+from attnreg.transformers.task import Task
+
+REPORT = "attnreg-report.json"
+FORMAT = 1
+
+
+def build_report(
+    task: Task,
+    digest: str,
+    command: str,
+    records: Sequence[Mapping[str, Any]],
+    scores: Mapping[str, float],
+) -> dict[str, Any]:
+    """What a conversion came to, as JSON holds it.
+
+    Args:
+        task: The task.
+        digest: Digest of its settings.
+        command: The command line.
+        records: One for each fitted block, with ``layers`` and the errors.
+        scores: ``before`` and ``after``, nats a held-out token; or ``cosine``.
+
+    Returns:
+        The report.
+    """
+    settings = task.settings()
+    before, after = _costs(task, student=False), _costs(task, student=True)
+    if "cosine" in scores:
+        after["cosine"] = scores["cosine"]
+    else:
+        for side, values in (("before", before), ("after", after)):
+            values["nats_per_token"] = scores[side]
+            values["perplexity"] = math.exp(min(scores[side], 700.0))
+        after["excess_nats"] = scores["after"] - scores["before"]
+    groups = {group.applications[0]: group for group in task.groups}
+    layers = [
+        {
+            **record,
+            "original": sizes(groups[record["layers"][0]].original),
+            "student": sizes(groups[record["layers"][0]].student),
+        }
+        for record in records
+    ]
+    architectures = getattr(task.config, "architectures", None)
+    return {
+        "format": FORMAT,
+        "digest": digest,
+        "command": command,
+        "model": task.checkpoint.folder.name,
+        "architecture": architectures[0] if architectures else type(task.config).__name__,
+        "loads_with": "transformers" if task.obstacle is None else "attnreg.load",
+        "obstacle": task.obstacle,
+        "versions": {name: settings[name] for name in ("attnreg", "torch", "transformers")},
+        "model_digest": settings["model"],
+        "options": settings["options"],
+        "calibration": {
+            "source": Path(task.fit.source.removesuffix(" (to fit)")).name,
+            "fit": _windows(task.fit),
+            "held_out": _windows(task.held_out),
+        },
+        "before": before,
+        "after": after,
+        "layers": layers,
+    }
+
+
+def sizes(shape: AttentionShape) -> dict[str, int]:
+    """The sizes that a conversion may change."""
+    return {name: getattr(shape, name) for name in ("heads", "kv_heads", "head_dim")}
+
+
+def parameters(shape: AttentionShape) -> int:
+    """Number of attention weights of a layer."""
+    return sum(math.prod(size) for size in shape.weights().values())
+
+
+def cache_bytes(shape: AttentionShape, itemsize: int) -> int:
+    """Bytes of keys and values that a layer keeps for a token."""
+    return 2 * shape.kv_heads * shape.head_dim * itemsize
+
+
+def model_card(report: Mapping[str, Any]) -> str:
+    """The folder's README in Markdown.
+
+    Args:
+        report: As :func:`build_report` gives it.
+
+    Returns:
+        The text.
+    """
+    before, after = report["before"], report["after"]
+    rows = [
+        f"| {text} | {_number(before.get(name))} | {_number(after.get(name))} |"
+        for name, text in _ROWS.items()
+        if after.get(name) is not None
+    ]
+    layers = [
+        f"| {', '.join(map(str, layer['layers']))} | {_sizes(layer['original'])} "
+        f"| {_sizes(layer['student'])} | {layer['first_start']} "
+        f"| {layer['start_error']:.4f} | {layer['held_out_error']:.4f} |"
+        for layer in report["layers"]
+    ]
+    text = report["calibration"]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [attnreg, compression]",
+        "---",
+        "",
+        f"# {report['model']} with smaller attention layers",
+        "",
+        *_loading(report),
+        "",
+        "| on held-out text | before | after |",
+        "|---|---|---|",
+        *rows,
+        "",
+        f"Held-out text: {text['held_out']['windows']} windows, {text['held_out']['tokens']} "
+        f"tokens of {text['source']}, a split of the calibration text that nothing was fitted on. "
+        f"Fitted on {text['fit']['windows']} windows, {text['fit']['tokens']} tokens.",
+        "",
+        "## Layers",
+        "",
+        "Sizes are query heads / key/value heads / width of a head. Errors are relative errors of "
+        "the attention's output on held-out text, on the student's own inputs: of the weights that "
+        "the last pass began with, and of those that it ended with.",
+        "",
+        "| layer | original | student | start | error before the last pass | error |",
+        "|---|---|---|---|---|---|",
+        *layers,
+        "",
+        "## How it was made",
+        "",
+        *([f"    {report['command']}", ""] if report["command"] else []),
+        f"- {versions}",
+        f"- seed {report['options']['seed']}",
+        f"- original: SHA-256 {report['model_digest']} (configuration and weights)",
+        f"- calibration: SHA-256 {text['fit']['digest']} (token windows that were fitted), "
+        f"{text['held_out']['digest']} (held out)",
+        f"- everything else: {REPORT}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_ROWS = {
+    "perplexity": "perplexity",
+    "nats_per_token": "nats per token",
+    "excess_nats": "excess, nats per token",
+    "cosine": "mean cosine of mean-pooled embeddings, original and student",
+    "parameters": "parameters",
+    "kv_bytes_per_token": "key/value cache, bytes per token",
+}
+
+
+def _loading(report: Mapping[str, Any]) -> list[str]:
+    if report["obstacle"] is None:
+        return [
+            f"A model of class `{report['architecture']}`, which plain transformers loads with "
+            "`from_pretrained`."
+        ]
+    return [
+        "No configuration of transformers describes this model, so `from_pretrained` cannot load "
+        f"it ({report['obstacle']}). It loads with the package attnreg:",
+        "",
+        "    import attnreg",
+        '    model = attnreg.load("this folder")',
+    ]
+
+
+def _costs(task: Task, *, student: bool) -> dict[str, Any]:
+    total = sum(math.prod(entry.shape) for entry in task.checkpoint.entries.values())
+    if student:
+        for group in task.groups:
+            total += parameters(group.student) - parameters(group.original)
+    shapes = task.shapes(student=student)
+    dtype = task.dtype if student else task.checkpoint.dtype
+    cache = sum(cache_bytes(shape, dtype.itemsize) for shape in shapes)
+    return {
+        "parameters": total,
+        "kv_bytes_per_token": cache if shapes[0].causal else None,
+    }
+
+
+def _windows(windows: Any) -> dict[str, Any]:
+    return {"windows": len(windows), "tokens": windows.tokens, "digest": windows.digest}
+
+
+def _sizes(values: Mapping[str, int]) -> str:
+    return " / ".join(str(values[name]) for name in ("heads", "kv_heads", "head_dim"))
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

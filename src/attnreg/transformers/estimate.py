@@ -1,0 +1,86 @@
+"""Time and memory of a conversion, estimated from sizes: right to a factor of about two."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from attnreg.transformers.shapes import AttentionShape
+from attnreg.transformers.task import Task
+
+PRODUCTS = 20
+"""Products with the curvature in an iteration, about; each is a JVP and a VJP."""
+
+PASSES = 4
+"""Passes of the model over the text in a pass over the layers: both models, some parts twice."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a conversion needs.
+
+    Attributes:
+        seconds: Wall time on this machine, from its speed in a matrix product.
+        memory: Bytes beside what Python and torch take.
+        disk: Bytes of the new folder and the journal.
+    """
+
+    seconds: float
+    memory: int
+    disk: int
+
+
+def estimate(task: Task) -> Estimate:
+    """Estimates a task from the sizes of the model and the text.
+
+    Returns:
+        The estimate.
+    """
+    tokens = task.fit.tokens + task.held_out.tokens
+    length = max(max(map(len, part.ids)) for part in (task.fit, task.held_out))
+    entries = task.checkpoint.entries
+    total = sum(math.prod(entry.shape) for entry in entries.values())
+    blocks = [
+        sum(math.prod(e.shape) for name, e in entries.items() if name.startswith(f"{g.block}."))
+        for g in task.groups
+    ]
+    runs = [len(group.applications) for group in task.groups]
+    applied = sum(size * count for size, count in zip(blocks, runs, strict=True))
+    sweeps = 1 + task.options.refinements
+    rate = _rate(task.options.device)
+    seconds = sweeps * PASSES * 2 * applied * tokens / rate
+    fits = 0.0
+    for group, count in zip(task.groups, runs, strict=True):
+        if group.changed:
+            products = task.options.max_iterations * PRODUCTS * 4 + 20  # 20: the starts
+            fits += products * count * task.fit.tokens * _work(group.student, length) / rate
+    limit = task.options.max_seconds
+    seconds += sweeps * fits if limit is None else min(limit, sweeps * fits)
+    width = task.groups[0].original.width
+    widest = max(g.student.heads * g.student.head_dim + 2 * width for g in task.groups)
+    rows = 4 * tokens * (6 * width + max(runs) * 3 * widest)
+    scores = 4 * max(g.student.heads for g in task.groups) * max(runs) * tokens * length
+    memory = 4 * (total - sum(blocks) + 2 * max(blocks)) + rows + scores
+    stored = task.dtype.itemsize * total
+    attention = sum(math.prod(s) for g in task.groups for s in g.student.weights().values())
+    return Estimate(seconds, memory, stored + 4 * sweeps * attention)
+
+
+def _work(shape: AttentionShape, length: int) -> int:
+    """Operations of one attention pass for a token."""
+    projections = 2 * sum(math.prod(size) for size in shape.weights().values())
+    return projections + 4 * shape.heads * shape.head_dim * length
+
+
+def _rate(device: str, size: int = 512) -> float:
+    """Operations a second in a matrix product."""
+    matrix = torch.ones(size, size, device=device)
+    best = math.inf
+    for _ in range(4):
+        began = time.perf_counter()
+        float((matrix @ matrix)[0, 0])
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
