@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -97,6 +97,25 @@ class Batch:
     index: tuple[int, ...]
     lengths: tuple[tuple[int, int], ...]
     window: int | None = None
+
+    def part(self, first: int, last: int) -> Batch:
+        """The sequences ``first:last`` of the batch, as views."""
+        own = slice(first, last)
+        a1 = self.A1[own]
+        a2 = a1 if self.A2 is self.A1 else self.A2[own]
+        a3 = a1 if self.A3 is self.A1 else a2 if self.A3 is self.A2 else self.A3[own]
+        bias = self.bias if self.bias is None or self.bias.shape[0] == 1 else self.bias[own]
+        return replace(
+            self,
+            A1=a1,
+            A2=a2,
+            A3=a3,
+            B=self.B[own],
+            weights=self.weights[own],
+            bias=bias,
+            index=self.index[own],
+            lengths=self.lengths[own],
+        )
 
 
 def make_batches(sequences: Sequences) -> tuple[tuple[Batch, ...], Sequences]:

@@ -19,9 +19,10 @@ from attnreg.result import FitResult
 from attnreg.solvers.approximate_newton import MAX_DENSE_SIZE, ApproximateNewton
 from attnreg.solvers.path import WARM, stages_for
 from attnreg.solvers.run import Outcome, Settings
+from attnreg.solvers.stochastic import Stochastic
 from attnreg.solvers.trust_region import TrustRegion
 
-SOLVERS = ("trust-region", "newton-sketch", "newton-cg")
+SOLVERS = ("trust-region", "stochastic", "newton-sketch", "newton-cg")
 FIRST_CERTIFIED = 1e-9
 """Bound on the gradient at which a certificate is tried first: a larger gradient seldom gets one,
 and a Newton step more costs less than a certificate."""
@@ -51,10 +52,13 @@ def fit(
     Args:
         problem: Inputs, outputs, mask, weights, scale and ridges.
         model: What is fitted; default :class:`Bilinear`.
-        solver: ``"trust-region"``, for every problem; ``"newton-sketch"``, the paper's algorithm
-            with sampled query rows; ``"newton-cg"``, the same by conjugate gradients in the
-            natural metric. The last two are for :class:`Bilinear` with both ridges, and descend
-            from the start with constant forcing: no path and no other starts.
+        solver: ``"trust-region"``, for every problem; ``"stochastic"``, mini-batches of sequences,
+            for data with many residuals a parameter (an iteration is an epoch, the start is
+            ``init``'s, and the rate falls to zero at the bound, so set one);
+            ``"newton-sketch"``, the paper's algorithm with sampled query rows; ``"newton-cg"``,
+            the same by conjugate gradients in the natural metric. The last two are for
+            :class:`Bilinear` with both ridges, and descend from the start with constant forcing:
+            no path and no other starts.
         init: Named parameters to start from, or a result to continue. A start whose readout
             (``Y``, or ``W_O`` and ``b_O``) is zero is led in by the regularisation path; for
             :class:`Bilinear` other starts are tried too, and the loss may rise between them. The
@@ -115,6 +119,8 @@ def fit(
         settings = Settings(bound, max_iterations, max_seconds, stages, confirm)
         if solver == "trust-region":
             outcome = TrustRegion(objective, theta, settings, generator, observe, began).run()
+        elif solver == "stochastic":
+            outcome = Stochastic(objective, theta, settings, generator, observe, began).run()
         else:
             source = generator if solver == "newton-sketch" else None
             loop = ApproximateNewton(objective, theta, settings, observe, began, source)
@@ -186,7 +192,7 @@ def check_solver(solver: str, problem: AttentionProblem, model: Model) -> None:
     if solver not in SOLVERS:
         names = ", ".join(map(repr, SOLVERS))
         raise ValueError(f"solver={solver!r} was given, one of {names} is expected")
-    if solver == "trust-region":
+    if solver in ("trust-region", "stochastic"):
         return
     if not isinstance(model, Bilinear):
         raise ValueError(

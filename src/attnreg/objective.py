@@ -96,6 +96,18 @@ class Objective:
             )
             target.add_(apply_right(left.matrix @ matrix, right.to(matrix.dtype)), alpha=2.0)
 
+    def ridge_value(self, theta: Tensor, readout: Tensor) -> float:
+        """The ridges' value; 0 where there is none."""
+        ridge = self.ridge
+        if ridge is None:
+            return 0.0
+        distance = theta - ridge.center
+        doubled = torch.zeros_like(distance)
+        self.add_ridge_gradient(distance, doubled)
+        readout_distance = (readout - ridge.readout_center).double()
+        readout_part = (readout_distance * (ridge.readout @ readout_distance)).sum()
+        return 0.5 * float(distance.double() @ doubled.double()) + float(readout_part)
+
     def weighted(self, rows: Tensor) -> Tensor:
         """``W rows``; the same tensor where all weights are 1."""
         return rows if self.weights is None else rows * self.weights
@@ -135,7 +147,8 @@ class Point:
         spent.small += self._normal.spent_on_columns
         self.coupling = self.readout[:width]  # O_F
         self.loss = _weighted_square(self.residual, objective.weights)
-        self.value = self.loss + self._ridge_value() + damping * _square(self.coupling)
+        self.value = self.loss + objective.ridge_value(self.theta, self.readout)
+        self.value += damping * _square(self.coupling)
 
     # ------------------------------------------------------------------ first order
 
@@ -234,17 +247,6 @@ class Point:
         if self.objective.ridge is not None:
             self.objective.add_ridge_gradient(direction, product)
         return product
-
-    def _ridge_value(self) -> float:
-        ridge = self.objective.ridge
-        if ridge is None:
-            return 0.0
-        distance = self.theta - ridge.center
-        doubled = torch.zeros_like(distance)
-        self.objective.add_ridge_gradient(distance, doubled)
-        readout_distance = (self.readout - ridge.readout_center).double()
-        readout_part = (readout_distance * (ridge.readout @ readout_distance)).sum()
-        return 0.5 * float(distance.double() @ doubled.double()) + float(readout_part)
 
 
 def _square(matrix: Tensor) -> float:

@@ -62,7 +62,8 @@ class IterationRecord:
         passes: Attention passes since the fit began.
         phase: ``"start"``, ``"screening"`` (on to the start that won a race), ``"path"`` (on to the
             path's beginning; the loss may rise), ``"best"`` (back to the best point left), or
-            the curvature of the step: ``"gauss-newton"`` or ``"newton"``.
+            the curvature of the step: ``"gauss-newton"`` or ``"newton"``; ``"stochastic"`` is an
+            epoch of mini-batches, its loss and gradient those that its steps saw.
         accepted: Whether the step was taken.
         operations: Floating-point operations since the fit began, by kind (see
             :mod:`attnreg.operations`); empty in files of older versions.

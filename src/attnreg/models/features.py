@@ -7,7 +7,7 @@ is one, and the last Jacobian product, side by side because the projection needs
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +75,7 @@ class Features:
         theta: Flat non-linear parameters.
         products: Whether Jacobian products will follow; without them nothing is kept.
         operations: Where operations are counted; None counts for these features alone.
+        batches: Some of the problem's batches, or parts of them; None means all.
 
     Attributes:
         columns: ``(rows, features [+ 1])``: ``[F 1]``; padded rows included.
@@ -92,10 +93,12 @@ class Features:
         *,
         products: bool = True,
         operations: Operations | None = None,
+        batches: Sequence[Batch] | None = None,
     ) -> None:
         self.problem, self.model, self.theta = problem, model, theta
+        self.batches = problem.batches if batches is None else batches
         self.layout = layout = model.layout(problem)
-        rows = sum(batch.B.shape[0] * batch.B.shape[1] for batch in problem.batches)
+        rows = sum(batch.B.shape[0] * batch.B.shape[1] for batch in self.batches)
         width = layout.features
         constant = int(layout.readout_bias)
         self.both = theta.new_empty((rows, 2 * width + constant if products else width + constant))
@@ -106,13 +109,11 @@ class Features:
         self.passes = 1
         self.operations = Operations() if operations is None else operations
         self._count_projection()
-        keep = products and _softmax_bytes(problem, layout.groups * layout.repeats) <= CACHE_BYTES
+        keep = products and self._softmax_bytes <= CACHE_BYTES
         blocks = split_blocks(theta, layout.blocks)
         self._attention: list[AttentionMoments] = []
         self._head_maps: list[HeadMap | None] = []
-        for batch, out in zip(
-            problem.batches, self._by_batch(self.columns[:, :width]), strict=True
-        ):
+        for batch, out in zip(self.batches, self._by_batch(self.columns[:, :width]), strict=True):
             projected = model.project(problem, batch, blocks, change=False)
             head_map = model.head_map(problem, batch, blocks, projected)
             queries, keys, values = projected if head_map is None else head_map.apply(projected)
@@ -219,7 +220,7 @@ class Features:
         """
         self.passes += 1 if cotangent is None else 2
         first = 0
-        for batch, attention in zip(self.problem.batches, self._attention, strict=True):
+        for batch, attention in zip(self.batches, self._attention, strict=True):
             sequences, n = batch.B.shape[:2]
             rows = torch.arange(first, first + sequences * n, device=batch.B.device)
             u = None if cotangent is None else cotangent[first : first + sequences * n]
@@ -244,7 +245,7 @@ class Features:
     @property
     def row_counts(self) -> tuple[int, int, int]:
         """Rows of queries, keys and values over all batches, padded ones included."""
-        keys = sum(b.A2.shape[0] * b.A2.shape[1] for b in self.problem.batches)
+        keys = sum(b.A2.shape[0] * b.A2.shape[1] for b in self.batches)
         return self.both.shape[0], keys, keys
 
     def _count_projection(self) -> None:
@@ -263,25 +264,25 @@ class Features:
         self, rows: Tensor
     ) -> Iterator[tuple[Batch, AttentionMoments, HeadMap | None, Tensor]]:
         return zip(
-            self.problem.batches,
+            self.batches,
             self._attention,
             self._head_maps,
             self._by_batch(rows),
             strict=True,
         )
 
+    @property
+    def _softmax_bytes(self) -> int:
+        entries = sum(b.B.shape[0] * b.B.shape[1] * b.A2.shape[1] for b in self.batches)
+        heads = self.layout.groups * self.layout.repeats
+        return entries * heads * self.theta.element_size()
+
     def _by_batch(self, rows: Tensor) -> list[Tensor]:
         """Views ``(b, n, k)`` of a matrix over the rows of all batches."""
-        shapes = [batch.B.shape[:2] for batch in self.problem.batches]
+        shapes = [batch.B.shape[:2] for batch in self.batches]
         parts = rows.split([b * n for b, n in shapes])
         return [p.unflatten(0, tuple(shape)) for p, shape in zip(parts, shapes, strict=True)]
 
 
 def _moved(head_map: HeadMap | None, change: Rows) -> Rows:
     return change if head_map is None else head_map.jvp(change)
-
-
-def _softmax_bytes(problem: AttentionProblem, heads: int) -> int:
-    itemsize = torch.finfo(problem.dtype).bits // 8
-    entries = sum(b.B.shape[0] * b.B.shape[1] * b.A2.shape[1] for b in problem.batches)
-    return entries * heads * itemsize

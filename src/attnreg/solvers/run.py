@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -50,6 +51,18 @@ class Outcome:
     status: Status
 
 
+class Value(Protocol):
+    """A loss, without and with the ridges."""
+
+    @property
+    def loss(self) -> float:
+        """``L`` alone."""
+
+    @property
+    def regularised(self) -> float:
+        """``L`` plus the problem's ridges."""
+
+
 class Run:
     """The clock and the records of one run.
 
@@ -75,10 +88,14 @@ class Run:
         self._observe, self._began = observe, began
         self.iteration, self.tol = 0, settings.tol
 
+    def seconds_left(self) -> float:
+        """Until the time limit; infinity without one."""
+        limit = self._settings.max_seconds
+        return math.inf if limit is None else limit - (time.perf_counter() - self._began)
+
     def out_of_time(self) -> bool:
         """Whether the time limit is over."""
-        limit = self._settings.max_seconds
-        return limit is not None and time.perf_counter() - self._began >= limit
+        return self.seconds_left() <= 0
 
     def judge(self, point: Point, norm: float) -> Status | None:
         """Whether the run may end at a point with this relative gradient norm."""
@@ -92,12 +109,12 @@ class Run:
         return None
 
     def report(
-        self, point: Point, norm: float, phase: str, *, may_converge: bool, **fields: Any
+        self, point: Value, norm: float, phase: str, *, may_converge: bool, **fields: Any
     ) -> Status | None:
         """Hands out a record.
 
         Args:
-            point: The current iterate.
+            point: The current iterate, or what is known of it.
             norm: Its relative gradient norm.
             phase: As in :class:`IterationRecord`.
             may_converge: Whether a small gradient ends the run here.
@@ -119,7 +136,7 @@ class Run:
         )
         if self._observe(record):
             return Status.STOPPED
-        if may_converge and (status := self.judge(point, norm)):
+        if may_converge and isinstance(point, Point) and (status := self.judge(point, norm)):
             return status
         if self.iteration >= self._settings.max_iterations:
             return Status.MAX_ITERATIONS

@@ -262,7 +262,7 @@ def _mask(shape: AttentionShape, longest: int) -> Mask | None:
         return None
     if shape.window is None or shape.window >= longest:
         return "causal"
-    return ("causal", shape.window)  # type: ignore[return-value]
+    return ("causal", shape.window)
 
 
 def _groups(blocks: Sequence[nn.Module], layers: Iterable[int] | None) -> dict[int, int]:

@@ -1,0 +1,228 @@
+r"""Mini-batches, for data with many residuals a parameter.
+
+There one gradient over all rows says little more than one over a few sequences, and a curvature
+product costs as much as several of them. So the loop takes Adam steps (Kingma and Ba 2015) on
+mini-batches of whole sequences, with the closed-form gradient of this package, and uses what is
+known exactly at both ends: the readout is solved over all rows at the start and at the end.
+
+    joint gradient on a mini-batch     theta: 2 vjp(W r O_F^T)      O: 2 F^T W r
+
+plus the ridges' gradient in the share of the rows. The rate of a parameter block is
+:data:`RATE` times the root mean square of the block at the start, so that data and weights of any
+scale are treated alike; it rises over :data:`WARM_UP` steps and falls to zero along a cosine at
+the bound of the run, by iterations or by time, whichever is nearer. An iteration is one epoch: all
+sequences once. Heuristic: the rate and the size of the mini-batches, both measured on real layers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnreg.batching import Batch
+from attnreg.curvature.preconditioner import natural_metric
+from attnreg.kronecker import split_blocks
+from attnreg.models import Features
+from attnreg.objective import Objective, Point
+from attnreg.operations import product
+from attnreg.records import IterationRecord, Status
+from attnreg.solvers.run import Outcome, Run, Settings, relative_gradient_norm
+
+BATCH_ROWS = 1536
+"""Rows of a mini-batch, about: padding included, whole sequences, one at least."""
+
+RATE = 0.1
+WARM_UP = 20
+MOMENTS = (0.9, 0.95)
+"""Decay of the gradient's running mean and mean square."""
+
+FLOOR = 1e-12
+"""Added to the root of the mean square, over the largest of the block: no division by zero."""
+
+
+@dataclass
+class _Adam:
+    """Running moments of one flat vector with a rate for each entry."""
+
+    value: Tensor
+    rate: Tensor
+
+    def __post_init__(self) -> None:
+        self._mean, self._square = torch.zeros_like(self.value), torch.zeros_like(self.value)
+        self._steps = 0
+
+    def step(self, gradient: Tensor, factor: float) -> None:
+        """One step of ``factor`` times the rate."""
+        self._steps += 1
+        first, second = MOMENTS
+        self._mean.lerp_(gradient, 1 - first)
+        self._square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        size = (self._square / (1 - second**self._steps)).sqrt_()
+        size += FLOOR * size.max().clamp_min(torch.finfo(size.dtype).tiny)
+        self.value.addcdiv_(self._mean * self.rate, size, value=-factor / (1 - first**self._steps))
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    """Losses summed over the mini-batches of an epoch, each at the parameters of its step."""
+
+    loss: float
+    regularised: float
+
+
+class Stochastic:
+    """The loop over mini-batches.
+
+    Args:
+        objective: What is minimised.
+        theta: Start.
+        settings: What bounds the run; the path is not used.
+        generator: Orders the mini-batches.
+        observe: Called with each record; a true answer stops the run.
+        began: ``time.perf_counter()`` from which seconds are counted.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        theta: Tensor,
+        settings: Settings,
+        generator: torch.Generator,
+        observe: Callable[[IterationRecord], bool | None],
+        began: float,
+    ) -> None:
+        self._objective, self._settings, self._generator = objective, settings, generator
+        self._run = Run(objective, settings, observe, began)
+        self._start = Point(objective, objective.features(theta))
+        self._metric = natural_metric(self._start)
+        self._theta = _Adam(self._start.theta.clone(), self._rates())
+        readout = self._start.readout
+        self._readout = _Adam(readout.clone(), torch.full_like(readout, RATE * _size(readout)))
+        self._batches = minibatches(objective.problem.batches)
+        self._steps, self._began = 0, time.perf_counter()
+
+    def run(self) -> Outcome:
+        """Runs until a bound is met.
+
+        Returns:
+            The end with its readout solved over all rows, or the start where that is lower.
+        """
+        norm = relative_gradient_norm(self._start)
+        status = self._report(self._start, norm, "start")
+        try:
+            while status is None:
+                status = self._epoch()
+        except KeyboardInterrupt:
+            status = Status.INTERRUPTED
+        if self._steps == 0:
+            return Outcome(self._start, norm, status)
+        end = Point(self._objective, self._objective.features(self._theta.value))
+        if not end.value <= self._start.value:  # also where it is not a number
+            return Outcome(self._start, norm, status)
+        return Outcome(end, relative_gradient_norm(end), status)
+
+    def _epoch(self) -> Status | None:
+        """All mini-batches once, in random order."""
+        self._run.iteration += 1
+        gradient, loss = torch.zeros_like(self._theta.value), 0.0
+        for i in torch.randperm(len(self._batches), generator=self._generator).tolist():
+            if self._run.out_of_time():
+                return Status.MAX_SECONDS
+            part, value = self._step(self._batches[i])
+            gradient += part
+            loss += value
+        norm = self._metric.dual_norm(gradient) / self._objective.target_norm_squared
+        ridges = self._objective.ridge_value(self._theta.value, self._readout.value)
+        return self._report(_Estimate(loss, loss + ridges), norm, "stochastic")
+
+    def _step(self, batch: Batch) -> tuple[Tensor, float]:
+        """One step; the gradient by ``theta`` and the loss that it was taken at."""
+        objective, theta, readout = self._objective, self._theta.value, self._readout.value
+        features = Features(
+            objective.problem,
+            objective.model,
+            theta,
+            operations=objective.operations,
+            batches=[batch],
+        )
+        columns, width = features.columns, objective.layout.features
+        residual = columns @ readout - batch.B.flatten(0, 1)
+        weighted = residual * batch.weights.reshape(-1, 1)
+        gradient = features.vjp(weighted @ readout[:width].mT).mul_(2.0)
+        slope = (columns.mT @ weighted).mul_(2.0)
+        objective.operations.projections += 3 * product(
+            columns.shape[0], columns.shape[1], residual.shape[1]
+        )
+        loss = float((weighted.double() * residual.double()).sum())
+        share = float(batch.weights.sum()) / objective.problem.total_weight
+        self._add_ridges(gradient, slope, share)
+        factor = self._factor()
+        self._theta.step(gradient, factor)
+        self._readout.step(slope, factor)
+        self._steps += 1
+        # Shares of a pass over all rows, rounded once an epoch: forward and back.
+        if self._steps % len(self._batches) == 0:
+            objective.count_passes(2)
+        return gradient, loss
+
+    def _factor(self) -> float:
+        """Of the rate: warm-up, then a cosine to zero at the nearer bound."""
+        total = self._settings.max_iterations * len(self._batches)
+        done = self._steps / max(1, total)
+        spent, left = time.perf_counter() - self._began, max(0.0, self._run.seconds_left())
+        done = max(done, spent / (spent + left))
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return cosine * min(1.0, (self._steps + 1) / WARM_UP)
+
+    def _rates(self) -> Tensor:
+        """The rate of every entry of ``theta``; fan-in instead of the size of a zero block."""
+        rates = torch.empty_like(self._start.theta)
+        blocks = self._objective.layout.blocks
+        matrices = split_blocks(self._start.theta, blocks)
+        for out, matrix in zip(split_blocks(rates, blocks), matrices, strict=True):
+            out.fill_(RATE * (_size(matrix) or matrix.shape[0] ** -0.5))
+        return rates
+
+    def _add_ridges(self, gradient: Tensor, slope: Tensor, share: float) -> None:
+        ridge = self._objective.ridge
+        if ridge is None:
+            return
+        pull = torch.zeros_like(gradient)
+        self._objective.add_ridge_gradient(self._theta.value - ridge.center, pull)
+        gradient.add_(pull, alpha=share)
+        distance = (self._readout.value - ridge.readout_center).double()
+        slope.add_((ridge.readout @ distance).to(slope.dtype), alpha=2.0 * share)
+
+    def _report(self, point: Point | _Estimate, norm: float, phase: str) -> Status | None:
+        return self._run.report(
+            point,
+            norm,
+            phase,
+            may_converge=phase == "start",
+            damping=0.0,
+            path=0.0,
+            inner_iterations=0,
+            accepted=True,
+        )
+
+
+def minibatches(batches: tuple[Batch, ...]) -> list[Batch]:
+    """Parts of about :data:`BATCH_ROWS` rows, of equal numbers of sequences within a batch."""
+    parts = []
+    for batch in batches:
+        sequences, rows = batch.B.shape[:2]
+        count = max(1, round(sequences * rows / BATCH_ROWS))
+        bounds = [sequences * i // count for i in range(count + 1)]
+        parts += [batch.part(i, j) for i, j in itertools.pairwise(bounds) if j > i]
+    return parts
+
+
+def _size(matrix: Tensor) -> float:
+    """Root mean square."""
+    return float(matrix.double().square().mean().sqrt())
