@@ -314,9 +314,9 @@ def _verdict(
 def _check_figure(figure: Path | None) -> None:
     if figure is None:
         return
+    if not figure.resolve().parent.is_dir():
+        raise ValueError(f"--figure {figure}: its folder does not exist; make it first")
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
         raise ValueError("--figure needs matplotlib: pip install 'attnreg[plots]'") from error
-    if not figure.resolve().parent.is_dir():
-        raise ValueError(f"--figure {figure}: its folder does not exist; make it first")

@@ -16,6 +16,7 @@ FORMAT = 1
 
 def build_report(
     task: Task,
+    settings: Mapping[str, Any],
     digest: str,
     command: str,
     records: Sequence[Mapping[str, Any]],
@@ -25,7 +26,8 @@ def build_report(
 
     Args:
         task: The task.
-        digest: Digest of its settings.
+        settings: As ``task.settings()`` gives them.
+        digest: Their digest.
         command: The command line.
         records: One for each fitted block, with ``layers`` and the errors.
         scores: ``before`` and ``after``, nats a held-out token; or ``cosine``.
@@ -33,7 +35,6 @@ def build_report(
     Returns:
         The report.
     """
-    settings = task.settings()
     before, after = _costs(task, student=False), _costs(task, student=True)
     if "cosine" in scores:
         after["cosine"] = scores["cosine"]

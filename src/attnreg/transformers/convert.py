@@ -128,7 +128,7 @@ def convert(
         if finished is None:
             run = _Run(task, journal, observer)
             weights, records, scores = run.whole()
-            finished = build_report(task, journal.digest, command, records, scores)
+            finished = build_report(task, settings, journal.digest, command, records, scores)
             extra = {
                 "README.md": model_card(finished).encode(),
                 REPORT: (json.dumps(finished, indent=1, allow_nan=False) + "\n").encode(),
