@@ -91,7 +91,7 @@ def bias_names(model: MultiHead) -> tuple[str, ...]:
 
 def rotary_of(model: MultiHead) -> Rotary | None:
     """The model's rotary position embedding."""
-    return getattr(model, "rotary", None)
+    return model.rotary
 
 
 def turning_width(rotary: Rotary | None) -> int:
@@ -101,7 +101,7 @@ def turning_width(rotary: Rotary | None) -> int:
 
 def norm_of(model: MultiHead) -> float | None:
     """Epsilon of the norms of queries and keys."""
-    return getattr(model, "norm_eps", None)
+    return model.norm_eps
 
 
 def sizes(problem: AttentionProblem, model: MultiHead) -> tuple[int, int, int, int]:

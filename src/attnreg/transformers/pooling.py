@@ -25,6 +25,7 @@ the repetition is a heuristic. Both are exact where all right factors are one up
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -172,6 +173,50 @@ def aligned(right: Tensor, left: Tensor) -> Combination:
     made = white @ turn
     combination = Combination(white @ _weighted(turn, weight), torch.linalg.inv(made).mT)
     return balanced(right, left, combination)
+
+
+def by_column(
+    right: Tensor, left: Tensor, pool: Callable[[Tensor, Tensor], Combination]
+) -> Combination:
+    """A pooling of every turning pair on its own.
+
+    Args:
+        right: ``B``, ``(r, r, w, w)``.
+        left: ``A``, ``(r, w, w)``.
+        pool: What pools families of width 1.
+
+    Returns:
+        Diagonal coefficients.
+    """
+    new_right, new_left = torch.zeros_like(left), torch.zeros_like(left)
+    for c in range(left.shape[-1]):
+        one = slice(c, c + 1)
+        made = pool(right[..., one, one], left[..., one, one])
+        new_right[:, one, one], new_left[:, one, one] = made.right, made.left
+    return Combination(new_right, new_left)
+
+
+def ranks_one(right: Tensor, left: Tensor, scales: Tensor) -> Combination:
+    """The best form of rank one for each weighing of the columns.
+
+    Args:
+        right: ``B``, ``(r, r, w, w)``.
+        left: ``A``, ``(r, w, w)``.
+        scales: The weighings, ``(c, w)``; see :func:`truncated`.
+
+    Returns:
+        Coefficients of ``c`` columns.
+    """
+    r, width = left.shape[:2]
+    new_right = left.new_zeros(r, width, len(scales))
+    new_left = torch.zeros_like(new_right)
+    for c, scale in enumerate(scales):
+        used = (scale != 0).nonzero()[:, 0]
+        made = truncated(
+            right[..., used, :][..., used], left[..., used, :][..., used], 1, scale[used]
+        )
+        new_right[:, used, c], new_left[:, used, c] = made.right[..., 0], made.left[..., 0]
+    return Combination(new_right, new_left)
 
 
 def balanced(right: Tensor, left: Tensor, made: Combination) -> Combination:

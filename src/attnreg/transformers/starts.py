@@ -4,8 +4,9 @@ A start is a choice of three parts. *Grouping*: which key/value heads one of the
 (neighbours; ``clustered``: those that are alike; ``dropped``: the most important stay alone).
 *Pooling* of each group's keys and values: ``mean``, ``first``, ``aligned``, ``svd``
 (:mod:`attnreg.transformers.pooling`). *Truncation* to narrower heads: the best of that width
-(``svd``), or with rotary embedding also single turning pairs as they are (``pairs``). Query heads
-in excess are dropped by measured contribution (:mod:`attnreg.transformers.grouping`).
+(``svd``; with rotary embedding ``1/d^p`` names the weight of a distance, see
+:mod:`attnreg.transformers.frequencies`), or single turning pairs as they are (``pairs``). Query
+heads in excess are dropped by measured contribution (:mod:`attnreg.transformers.grouping`).
 
 Which start is best is measured, with ``W_O`` solved by least squares, as the metrics that make them
 are those of logits and values, not of the output.
@@ -47,6 +48,7 @@ from attnreg.transformers.headwise import (
 from attnreg.transformers.pooling import Combination, NotApplicable
 
 Weights = dict[str, Tensor]
+_DECAYS = (0.0, 1.0, 2.0, 3.0)
 _POOLINGS: dict[str, Callable[[Tensor, Tensor], Combination]] = {
     "mean": pooling.mean,
     "first": pooling.first,
@@ -199,9 +201,9 @@ def _made(
         except NotApplicable as reason:
             notes[prefix or "neighbours"] = str(reason)
             continue
-        for name, pool, select in _ways(task, prefix, groups):
+        for name, pool, decay in _ways(task, prefix, groups):
             try:
-                made[name] = _weights(task, groups, pool, select)
+                made[name] = _weights(task, groups, pool, decay)
             except NotApplicable as reason:
                 notes[name] = str(reason)
     return made, notes
@@ -247,28 +249,31 @@ def _groupings(task: _Task) -> Iterator[tuple[str, Callable[[], list[Group]]]]:
     yield "dropped", dropped
 
 
-def _ways(task: _Task, prefix: str, groups: list[Group]) -> Iterator[tuple[str, str | None, bool]]:
-    """Name, pooling (None: each head stays alone), and whether turning pairs are selected."""
+def _ways(
+    task: _Task, prefix: str, groups: list[Group]
+) -> Iterator[tuple[str, str | None, float | None]]:
+    """Name, pooling (None: heads stay alone), decay of distances (None: pairs are selected)."""
     alone = all(len(group.members) == 1 for group in groups)
     fewer = sizes(task.problem, task.student)[0] < sizes(task.problem, task.teacher)[0]
-    selections = [False]
-    if task.narrower and rotary_of(task.student) is not None:
-        selections = [False, True]
-    for select in selections:
-        suffix = "pairs" if select else ""
+    old, new = rotary_of(task.teacher), rotary_of(task.student)
+    decays: list[float | None] = [0.0]
+    if old and new and old.frequencies != new.frequencies:
+        decays = [*_DECAYS, None] if alone else [_DECAYS[-2]]
+    for decay in decays:
+        suffix = "pairs" if decay is None else f"1/d^{decay:g}" if decay else ""
         for pool in [None] if alone else [*_POOLINGS, "svd"]:
             if pool is None and not task.narrower:
                 name = prefix or ("dropped" if fewer else "original")
             else:
-                words = [prefix, pool or ("" if select else "svd"), suffix]
+                words = [prefix, pool or ("" if decay is None else "svd"), suffix]
                 name = " ".join(word for word in words if word)
-            yield name, pool, select
+            yield name, pool, decay
 
 
 # ---------------------------------------------------------------------- one start
 
 
-def _weights(task: _Task, groups: list[Group], pool: str | None, select: bool) -> Weights:
+def _weights(task: _Task, groups: list[Group], pool: str | None, decay: float | None) -> Weights:
     """The student's weights for one choice."""
     problem, split, student = task.problem, task.split, task.student
     norms = norm_of(task.teacher) is not None
@@ -286,7 +291,7 @@ def _weights(task: _Task, groups: list[Group], pool: str | None, select: bool) -
         parts = []
         for group in groups:
             grams = _grams(family, group)
-            scales = _scales(task, *grams, select) if turning else None
+            scales = _scales(task, *grams, decay) if turning else None
             made = _combined(*grams, pool, target, scales)
             parts.append(_applied(family, group, made))
         factors += [torch.cat([left for left, _ in parts]), torch.stack([r for _, r in parts])]
@@ -336,48 +341,22 @@ def _combined(
         return made.then(pooling.truncated(*pooling.moments_of(right, left, made), rank))
     same = torch.equal(scales, torch.eye(width, dtype=scales.dtype, device=scales.device))
     if pool == "svd" or (pool is None and not same):
-        return _turned(right, left, scales)
-    made = _by_column(right, left, _POOLINGS[pool or "mean"])
+        return pooling.ranks_one(right, left, scales)
+    made = pooling.by_column(right, left, _POOLINGS[pool or "mean"])
     if same:
         return made
-    return made.then(_turned(*pooling.moments_of(right, left, made), scales))
+    return made.then(pooling.ranks_one(*pooling.moments_of(right, left, made), scales))
 
 
-def _by_column(
-    right: Tensor, left: Tensor, pool: Callable[[Tensor, Tensor], Combination]
-) -> Combination:
-    """A pooling of every turning pair on its own."""
-    new_right, new_left = torch.zeros_like(left), torch.zeros_like(left)
-    for c in range(left.shape[-1]):
-        one = slice(c, c + 1)
-        made = pool(right[..., one, one], left[..., one, one])
-        new_right[:, one, one], new_left[:, one, one] = made.right, made.left
-    return Combination(new_right, new_left)
-
-
-def _turned(right: Tensor, left: Tensor, scales: Tensor) -> Combination:
-    """For each of the student's pairs the best form of rank one."""
-    r, width = left.shape[:2]
-    new_right = left.new_zeros(r, width, len(scales))
-    new_left = torch.zeros_like(new_right)
-    for c, scale in enumerate(scales):
-        used = (scale != 0).nonzero()[:, 0]
-        made = pooling.truncated(
-            right[..., used, :][..., used], left[..., used, :][..., used], 1, scale[used]
-        )
-        new_right[:, used, c], new_left[:, used, c] = made.right[..., 0], made.left[..., 0]
-    return Combination(new_right, new_left)
-
-
-def _scales(task: _Task, right: Tensor, left: Tensor, select: bool) -> Tensor:
+def _scales(task: _Task, right: Tensor, left: Tensor, decay: float | None) -> Tensor:
     """By how much each original pair enters each of the student's."""
     old, new = rotary_of(task.teacher), rotary_of(task.student)
     if old is None or new is None:
         return left.new_zeros(0, 0)
     if old.frequencies == new.frequencies:
         return torch.eye(len(old.frequencies), dtype=left.dtype, device=left.device)
-    if not select:
-        return transfer(task.problem, old, new)
+    if decay is not None:
+        return transfer(task.problem, old, new, decay)
     own = right.diagonal(dim1=0, dim2=1).permute(2, 0, 1).diagonal(dim1=1, dim2=2).real
     energy = (left.diagonal(dim1=1, dim2=2).real * own).sum(0)
     return matched(task.problem, old, new, energy)

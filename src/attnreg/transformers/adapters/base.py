@@ -1,8 +1,9 @@
 """What the package must know of a family of models: one small class for each, and the registry.
 
-To add a family, write one file with a subclass of :class:`Adapter` and decorate it with
-:func:`register`; nothing else changes. The tests in ``tests/transformers/test_parity.py`` run
-over every registered family.
+To add a family, write one file with a subclass of :class:`Adapter`, decorate it with
+:func:`register` and import the file before use (those of this package are imported by its
+``__init__``); nothing else changes. ``adapters/gpt2.py`` is an example to copy. A family of this
+package also has a tiny model in ``tests/transformers/families.py``, over which every test runs.
 
 Weights carry the names and the layout of :class:`attnreg.MultiHead`: ``W_Q`` (width x heads
 head_dim), ``W_K`` and ``W_V`` (width x kv_heads head_dim), ``W_O`` (heads head_dim x width),
