@@ -106,14 +106,14 @@ def fit_layer(
         callback=observe,
     )
     options = [_rounded(init, saved), _rounded(result.parameters, saved)]
-    errors = [_error(validation, model, weights) for weights in options]
+    errors = [relative_error(validation, model, weights) for weights in options]
     chosen = 1 if errors[1] <= errors[0] else 0
     return LayerFit(
         weights=options[chosen],
         start=name,
         tried=tried,
         start_error=errors[0],
-        error=_error(problem, model, options[chosen]),
+        error=relative_error(problem, model, options[chosen]),
         held_out_error=errors[chosen],
         iterations=result.history[-1].iteration if result.history else 0,
     )
@@ -138,7 +138,7 @@ def _rounded(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Ten
     return {name: value.detach().to(dtype).float() for name, value in weights.items()}
 
 
-def _error(problem: AttentionProblem, model: Model, weights: Mapping[str, Tensor]) -> float:
+def relative_error(problem: AttentionProblem, model: Model, weights: Mapping[str, Tensor]) -> float:
     """``||prediction - B||_F / ||B - mean||_F``."""
     predicted = predict(model, weights, problem)
     targets = problem.unpad([batch.B for batch in problem.batches])
