@@ -64,7 +64,7 @@ $(BIN)/python:
 $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "setting up $(VENV) (once; some minutes)"
 	@$(if $(TORCH_INDEX),$(INSTALL) --no-deps --index-url '$(TORCH_INDEX)' $(TORCH))
-	@$(INSTALL) --editable '.[plots,dev]'
+	@$(INSTALL) --editable '.[hf,plots,dev]'
 	@touch $@
 
 $(INSTALLED_BENCH): $(INSTALLED)

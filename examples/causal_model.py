@@ -1,0 +1,31 @@
+"""Convert a causal model to half as many key/value heads and load it with transformers.
+
+    python examples/causal_model.py MODEL_FOLDER calibration.txt OUT
+
+The same from a shell: attnreg compress MODEL_FOLDER --kv-heads 2 --calibration calibration.txt --out OUT
+"""
+
+import sys
+
+from transformers import AutoModelForCausalLM
+
+from attnreg.transformers.convert import convert
+from attnreg.transformers.plan import Plan, Setting
+from attnreg.transformers.task import Options, prepare
+
+
+def main(model: str, calibration: str, out: str) -> None:
+    kv_heads = prepare(model, Plan(), calibration, Options()).groups[0].original.kv_heads
+    plan = Plan(Setting(kv_heads=kv_heads // 2))
+    task = prepare(model, plan, calibration, Options(max_iterations=10, refinements=1))
+    done = convert(task, out, observer=lambda progress: print(progress, file=sys.stderr))
+    print(f"excess on held-out text: {done.excess:.4f} nats per token")
+    if task.obstacle is None:
+        student = AutoModelForCausalLM.from_pretrained(out)
+        print(
+            f"transformers loads it: {type(student).__name__}, {student.num_parameters()} weights"
+        )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
