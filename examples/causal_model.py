@@ -2,7 +2,9 @@
 
     python examples/causal_model.py MODEL_FOLDER calibration.txt OUT
 
-The same from a shell: attnreg compress MODEL_FOLDER --kv-heads 2 --calibration calibration.txt --out OUT
+The same from a shell:
+
+    attnreg compress MODEL_FOLDER --kv-heads 2 --calibration calibration.txt --out OUT
 """
 
 import sys

@@ -1,0 +1,145 @@
+"""The loop over mini-batches: its gradient, its bounds, and that no end is worse than its start."""
+
+import math
+
+import pytest
+import torch
+
+import attnreg
+from attnreg.objective import Objective, Point
+from attnreg.records import Status
+from attnreg.solvers import stochastic
+from attnreg.solvers.run import Settings
+from attnreg.solvers.stochastic import Stochastic, minibatches
+
+MODEL = attnreg.MultiHead(heads=2, kv_heads=1, head_dim=3, bias=True)
+
+
+def planted(seed=0, *, noise=0.05, ridge=0.0, lengths=(9, 12, 12, 10, 7, 11) * 4):
+    """Sequences of a random layer's inputs and outputs, some rows weighted."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    inputs = [normal(n, 6) for n in lengths]
+    blank = attnreg.AttentionProblem(inputs, [normal(n, 4) for n in lengths], mask="causal")
+    truth = MODEL.start(blank, seed)
+    truth = {name: normal(*value.shape) * 0.6 for name, value in truth.items()}
+    outputs = [b + noise * normal(*b.shape) for b in attnreg.predict(MODEL, truth, blank)]
+    weights = [0.5 + torch.rand(n, generator=generator, dtype=torch.float64) for n in lengths]
+    start = {name: value + 0.3 * normal(*value.shape) for name, value in truth.items()}
+    options = {"ridge_x": ridge, "ridge_y": ridge, "center": start if ridge else None}
+    problem = attnreg.AttentionProblem(inputs, outputs, mask="causal", weights=weights, **options)
+    return problem, start
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    monkeypatch.setattr(stochastic, "BATCH_ROWS", 24)
+
+
+def loop(problem, start, iterations=1):
+    objective = Objective(problem, MODEL)
+    theta, _ = MODEL.split(problem, start)
+    settings = Settings(1e-12, iterations, None)
+    generator = torch.Generator().manual_seed(0)
+    return Stochastic(objective, theta, settings, generator, lambda _: None, 0.0)
+
+
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize("ridge", [0.0, 1e-2])
+def test_the_parts_of_the_gradient_add_up(monkeypatch, ridge):
+    # At rate 0 nothing moves. At the solved readout the partial gradient by theta is the reduced
+    # one, and that by the readout is 0: both hold for the sums over the mini-batches.
+    monkeypatch.setattr(stochastic, "RATE", 0.0)
+    problem, start = planted(ridge=ridge)
+    run = loop(problem, start)
+    slopes = []
+    kept = run._readout.step
+    monkeypatch.setattr(
+        run._readout, "step", lambda slope, factor: (slopes.append(slope.clone()), kept(slope, 0.0))
+    )
+    found = [run._step(batch) for batch in run._batches]
+    assert len(found) > 4
+    point = Point(run._objective, run._objective.features(run._start.theta))
+    size = float(point.gradient.norm())
+    assert size > 1e-3
+    assert float((sum(g for g, _ in found) - point.gradient).norm()) <= 1e-11 * size
+    assert sum(loss for _, loss in found) == pytest.approx(point.loss, rel=1e-12)
+    largest = max(float(slope.norm()) for slope in slopes)
+    assert float(sum(slopes).norm()) <= 1e-10 * largest
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_minibatches_hold_every_sequence_once():
+    problem, _ = planted()
+    parts = minibatches(problem.batches)
+    assert sorted(i for part in parts for i in part.index) == list(range(problem.n_sequences))
+    for part in parts:
+        assert part.B.shape[0] == len(part.index) == len(part.lengths)
+        assert part.A2 is part.A1
+    assert max(part.B.shape[0] * part.B.shape[1] for part in parts) <= 2 * stochastic.BATCH_ROWS
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_it_comes_near_the_minimum_and_is_reproducible():
+    problem, start = planted()
+    best = attnreg.fit(problem, MODEL, init=start)
+    first = attnreg.fit(problem, MODEL, init=start, solver="stochastic", max_iterations=60, seed=3)
+    second = attnreg.fit(problem, MODEL, init=start, solver="stochastic", max_iterations=60, seed=3)
+    other = attnreg.fit(problem, MODEL, init=start, solver="stochastic", max_iterations=60, seed=4)
+    begun = first.history[0].loss
+    assert first.status is Status.MAX_ITERATIONS
+    assert len(first.history) == 61
+    assert first.history[-1].phase == "stochastic"
+    # 95 % of the way from the start to the minimum that curvature finds.
+    assert first.loss - best.loss <= 0.05 * (begun - best.loss)
+    assert first.loss == second.loss
+    assert first.loss != other.loss
+    for name, value in first.parameters.items():
+        assert torch.equal(value, second.parameters[name])
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_it_is_never_worse_than_the_start(monkeypatch):
+    monkeypatch.setattr(stochastic, "RATE", 1e6)  # diverges
+    problem, start = planted()
+    theta, _ = MODEL.split(problem, start)
+    objective = Objective(problem, MODEL)
+    begun = Point(objective, objective.features(theta)).loss
+    result = attnreg.fit(problem, MODEL, init=start, solver="stochastic", max_iterations=3)
+    assert result.loss == pytest.approx(begun, rel=1e-12)
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_bounds_end_it():
+    problem, start = planted()
+    none = attnreg.fit(problem, MODEL, init=start, solver="stochastic", max_iterations=0)
+    assert none.status is Status.MAX_ITERATIONS
+    assert len(none.history) == 1
+    short = attnreg.fit(
+        problem, MODEL, init=start, solver="stochastic", max_iterations=10**6, max_seconds=0.3
+    )
+    assert short.status is Status.MAX_SECONDS
+    assert short.loss <= none.loss
+    asked = attnreg.fit(
+        problem, MODEL, init=start, solver="stochastic", callback=lambda r: r.iteration == 2
+    )
+    assert asked.status is Status.STOPPED
+    assert [record.iteration for record in asked.history] == [0, 1, 2]
+
+
+def test_the_rate_rises_and_falls(small_batches):
+    problem, start = planted()
+    run = loop(problem, start, iterations=10)
+    total = 10 * len(run._batches)
+    factors = []
+    for step in range(total + 1):
+        run._steps = step
+        factors.append(run._factor())
+    assert factors[0] == pytest.approx(1 / stochastic.WARM_UP)
+    peak = factors.index(max(factors))
+    assert 0 < peak <= stochastic.WARM_UP
+    assert factors[-1] == pytest.approx(0.0, abs=1e-12)
+    assert all(math.isfinite(f) and 0 <= f <= 1 for f in factors)
