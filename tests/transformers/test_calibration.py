@@ -40,23 +40,26 @@ def windows(*sizes):
 
 
 @pytest.mark.parametrize(
-    ("frame", "expected"),
+    ("frame", "expected", "documents"),
     [
-        ("$A", [(1, 2, 3, 4), (5, 6), (7, 8, 9, 10)]),
-        ("<s> $A", [(BOS, 1, 2, 3), (BOS, 4, 5, 6), (BOS, 7, 8, 9), (BOS, 10)]),
+        ("$A", [(1, 2, 3, 4), (5, 6), (7, 8, 9, 10)], (0, 0, 1)),
+        (
+            "<s> $A",
+            [(BOS, 1, 2, 3), (BOS, 4, 5, 6), (BOS, 7, 8, 9), (BOS, 10)],
+            (0, 0, 1, 1),
+        ),
         (
             "[CLS] $A [SEP]",
             [(CLS, i, i + 1, SEP) for i in (1, 3, 5, 7, 9)],
+            (0, 0, 0, 1, 1),
         ),
     ],
     ids=["plain", "bos", "cls-sep"],
 )
-def test_documents_are_cut_from_their_beginning(frame, expected):
+def test_documents_are_cut_from_their_beginning(frame, expected, documents):
     found = read_windows([text(*range(1, 7)), text(*range(7, 11))], words(frame), length=4)
     assert found.ids == tuple(expected)
-    assert found.documents == tuple(
-        0 if 1 <= row[len(row) > 1 and row[0] >= BOS] <= 6 else 1 for row in expected
-    )
+    assert found.documents == documents
     assert found.tokens == sum(map(len, expected))
     assert found.left_out == 0
 
