@@ -168,12 +168,21 @@ def test_a_call_that_raises_keeps_nothing_half():
     """The second block raises after the first was recorded; the call before it stays."""
     model = FAMILIES["llama"].make()
     once = twin(model)
-    with pytest.raises(RuntimeError, match="broken"), capture(model) as captured:
-        run(model)
-        broken = adapter_for(model.config).blocks(model)[1].register_forward_pre_hook(fail)
-        run(model)
-    broken.remove()
+    second = adapter_for(model.config).blocks(model)[1]
+    recordings, handles = [], []
+
+    def run_and_break():
+        with capture(model) as captured:
+            recordings.append(captured)
+            run(model)
+            handles.append(second.register_forward_pre_hook(fail))
+            run(model)
+
+    with pytest.raises(RuntimeError, match="broken"):
+        run_and_break()
+    handles[0].remove()
     assert hooks(model) == []
+    (captured,) = recordings
     for layer in (0, 1):
         assert_same(captured.pairs(layer), once[layer])
 
@@ -201,11 +210,18 @@ def test_recording_goes_on_after_a_call_that_raised():
 
 def test_an_exception_of_the_user_leaves_no_hook(tmp_path):
     model = FAMILIES["bert"].make()
-    with pytest.raises(KeyError), capture(model, shards=tmp_path) as captured:
-        run(model)
-        raise KeyError
+    recordings = []
+
+    def run_and_raise():
+        with capture(model, shards=tmp_path) as captured:
+            recordings.append(captured)
+            run(model)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        run_and_raise()
     assert hooks(model) == []
-    assert_same(captured.pairs(0), twin(model)[0])
+    assert_same(recordings[0].pairs(0), twin(model)[0])
 
 
 # ---------------------------------------------------------------------- shards
