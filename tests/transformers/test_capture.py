@@ -317,11 +317,13 @@ def test_cache_and_training_are_refused():
     model = FAMILIES["llama"].make()
     with torch.no_grad():
         cache = model(input_ids=IDS, use_cache=True).past_key_values
-    with (
-        capture(model),
-        pytest.raises(ValueError, match="a key/value cache of 4 positions"),
-    ):
-        model(input_ids=IDS[:, :1], past_key_values=cache)
+    older = tuple((torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 8)) for _ in range(2))
+    for past in (cache, older):
+        with (
+            capture(model),
+            pytest.raises(ValueError, match="a key/value cache of 4 positions"),
+        ):
+            model(input_ids=IDS[:, :1], past_key_values=past)
     with (
         capture(model.train()),
         pytest.raises(ValueError, match=r"training mode \(dropout\); call model\.eval\(\)"),

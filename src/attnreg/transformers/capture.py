@@ -290,7 +290,10 @@ def _refuse_cache(past: Any) -> None:
     """A layer with a filled cache sees keys that are not among its inputs."""
     if past is None:
         return
-    length = past.get_seq_length() if hasattr(past, "get_seq_length") else len(past)
+    if hasattr(past, "get_seq_length"):
+        length = past.get_seq_length()
+    else:  # a tuple of (keys, values) for each layer, (b, heads, n, head_dim)
+        length = past[0][0].shape[-2] if len(past) else 0
     if length:
         raise ValueError(
             f"the model was called with a key/value cache of {length} positions; expected whole "
