@@ -279,7 +279,7 @@ def test_contributions_are_the_increase_of_the_least_error():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_clusters_against_all_partitions(seed):
-    """Exchanges from two beginnings find the best of the 15 partitions of these."""
+    """No worse than neighbours together, and within 50 % of the best of the 15 partitions."""
     distance = normal(6, 6, seed=seed).square()
     distance = distance + distance.mT
     distance.fill_diagonal_(0.0)

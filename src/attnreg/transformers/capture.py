@@ -11,13 +11,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attnreg.masks import Mask
 from attnreg.problem import AttentionProblem
 from attnreg.storage import read_tensors, write_tensors
 from attnreg.transformers.adapters import adapter_for
@@ -101,9 +101,10 @@ class Captured:
         wanted = dtype or pairs[0][0].dtype
         inputs = [a.to(wanted) for a, _ in pairs]
         outputs = [b.to(wanted) for _, b in pairs]
-        mask = _mask(shape, max(map(len, inputs)))
+        if shape.window is not None and shape.window >= max(map(len, inputs)):
+            shape = replace(shape, window=None)  # it hides nothing
         return AttentionProblem(
-            inputs, outputs, mask=mask, scale=shape.scale, ridge_x=ridge, ridge_y=ridge
+            inputs, outputs, mask=shape.mask(), scale=shape.scale, ridge_x=ridge, ridge_y=ridge
         )
 
     def _group(self, layer: int) -> int:
@@ -177,7 +178,8 @@ def capture(
     with ExitStack() as hooks:
         handle = model.register_forward_pre_hook(recorder.begin, with_kwargs=True)
         hooks.callback(handle.remove)
-        hooks.callback(model.register_forward_hook(recorder.end).remove)
+        handle = model.register_forward_hook(recorder.end, always_call=True)
+        hooks.callback(handle.remove)
         for group in dict.fromkeys(groups.values()):
             first, last = adapter.taps(blocks[group])
             enter, leave = recorder.taps(group)
@@ -211,8 +213,10 @@ class _Recorder:
         self._open, self._inputs, self._found = True, {}, {}
 
     def end(self, model: nn.Module, args: Any, output: Any) -> None:
-        self._captured._keep(self._found)
-        self._open, self._found = False, {}
+        """Keeps what the call recorded, or drops it where the call raised: its output is None."""
+        found, self._open, self._inputs, self._found = self._found, False, {}, {}
+        if output is not None:
+            self._captured._keep(found)
 
     def taps(self, group: int) -> tuple[Any, Any]:
         """The hook of the layer's input and that of its output."""
@@ -257,14 +261,6 @@ def _keepable(rows: Tensor) -> Tensor:
     return rows.detach().to("cpu", wanted, copy=True).contiguous()
 
 
-def _mask(shape: AttentionShape, longest: int) -> Mask | None:
-    if not shape.causal:
-        return None
-    if shape.window is None or shape.window >= longest:
-        return "causal"
-    return ("causal", shape.window)
-
-
 def _groups(blocks: Sequence[nn.Module], layers: Iterable[int] | None) -> dict[int, int]:
     """For each layer to record the first layer that is the same module."""
     first: dict[int, int] = {}
@@ -294,7 +290,10 @@ def _refuse_cache(past: Any) -> None:
     """A layer with a filled cache sees keys that are not among its inputs."""
     if past is None:
         return
-    length = past.get_seq_length() if hasattr(past, "get_seq_length") else len(past)
+    if hasattr(past, "get_seq_length"):
+        length = past.get_seq_length()
+    else:  # a tuple of (keys, values) for each layer, (b, heads, n, head_dim)
+        length = past[0][0].shape[-2] if len(past) else 0
     if length:
         raise ValueError(
             f"the model was called with a key/value cache of {length} positions; expected whole "

@@ -375,7 +375,7 @@ def layer_problem(
     b = [row for rows in targets for row in runner.sequences(rows, first, last)]
     follows = math.isclose(shape.scale, shape.head_dim**-0.5, rel_tol=1e-12)
     scale = None if follows else shape.scale  # None: each model's own, also the original's
-    return AttentionProblem(a, b, mask=shape.mask(), scale=scale)  # type: ignore[arg-type]
+    return AttentionProblem(a, b, mask=shape.mask(), scale=scale)
 
 
 def _finished(out: Path, digest: str) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from attnreg.masks import Mask
 from attnreg.models import MultiHead
 from attnreg.models.rotary import Rotary
 
@@ -121,7 +122,7 @@ class AttentionShape:
             norm_eps=self.norm_eps,
         )
 
-    def mask(self) -> str | tuple[str, int] | None:
+    def mask(self) -> Mask | None:
         """The mask of :class:`attnreg.AttentionProblem` that the layer has."""
         if not self.causal:
             return None
