@@ -72,9 +72,9 @@ def evaluate_command(
     checkpoints = (Checkpoint.open(original), Checkpoint.open(converted))
     windows, masking = _read(checkpoints, text, options.window, max_tokens, first_only, seed)
     kind = None if dtype is None else DTYPES[dtype]
-    models = [load(one.folder, dtype=kind).to(device) for one in checkpoints]
+    left, right = (load(one.folder, dtype=kind).to(device) for one in checkpoints)
     with WindowsDisplay(enabled=sys.stderr.isatty() and not quiet) as display:
-        found = evaluate(*models, windows, masking=masking, observer=display.update)
+        found = evaluate(left, right, windows, masking=masking, observer=display.update)
     summary = _table(found) if not as_json else _report(found, checkpoints, windows)
     show(summary, as_json=as_json, quiet=quiet)
 

@@ -1,9 +1,10 @@
 """What a conversion lost and gained: two models on the same held-out windows.
 
-Three kinds of models are told apart. A *causal* one has a head of logits and causal attention: each
-window's tokens but the first are predicted from those before. A *masked* one has a head and sees
-both sides: a share of the tokens, drawn with a seed, is replaced by the mask token and predicted. An
-*encoder* has no head of logits. The last two embed a window as the mean of its last hidden states.
+Three kinds of models are told apart. A *causal* one has a head of logits and causal attention:
+each window's tokens but the first are predicted from those before. A *masked* one has a head and
+sees both sides: a share of the tokens, drawn with a seed, is replaced by the mask token and
+predicted. An *encoder* has no head of logits. The last two embed a window as the mean of its last
+hidden states.
 
 Windows are run in batches padded on the right; padding is in no score.
 """
@@ -44,8 +45,8 @@ class ModelScores:
 
     Attributes:
         parameters: Numbers in the model, tied ones counted once.
-        kv_cache_bytes: Bytes of keys and values for a token of context; None where attention is
-            not causal, since nothing is kept there.
+        kv_cache_bytes: Bytes of keys and values for a token of context, in the dtype that the model
+            has in memory; None where attention is not causal, since nothing is kept there.
         tokens_per_second: Tokens of whole windows run through the model: the median of three times,
             taken in turn with the other model. Not the speed of generating.
         nats: Mean negative log likelihood of a predicted token; None for an encoder.
@@ -158,7 +159,10 @@ def evaluate(
     """
     kind = check_comparable(original, converted)
     if kind == MASKED and masking is None:
-        raise ValueError("masked language models need `masking` with the id of the mask token")
+        raise ValueError(
+            "this is a masked language model and no mask token is known: its tokenizer needs one, "
+            "or give `masking`"
+        )
     size = _batch_size(original, windows, batch, kind)
     run = _Run(kind, original, converted, masking if kind == MASKED else None)
     done = 0
@@ -335,13 +339,12 @@ def _speeds(
 ) -> tuple[float, float]:
     """Tokens per second of both, one call of each in turn."""
     seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(REPEATS):
-        for model, taken in zip(models, seconds, strict=True):
-            _wait(ids.device)
-            start = time.perf_counter()
-            _call(model, ids, mask, head=kind != ENCODER)
-            _wait(ids.device)
-            taken.append(time.perf_counter() - start)
+    for i in (0, 1) * REPEATS:
+        _wait(ids.device)
+        start = time.perf_counter()
+        _call(models[i], ids, mask, head=kind != ENCODER)
+        _wait(ids.device)
+        seconds[i].append(time.perf_counter() - start)
     tokens = int(mask.sum())
     original, converted = (tokens / statistics.median(taken) for taken in seconds)
     return original, converted
