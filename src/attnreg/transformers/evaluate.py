@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Collection
@@ -124,10 +125,8 @@ class Masking:
     def chosen(self, number: int, ids: tuple[int, ...]) -> list[int]:
         """Positions of window ``number`` to mask: 15 % of its tokens, at least one."""
         places = [i for i, token in enumerate(ids) if token not in self.special]
-        generator = torch.Generator().manual_seed((self.seed << 32) + number & (2**63 - 1))
-        order = torch.randperm(len(places), generator=generator).tolist()
-        wanted = max(1, round(MASKED_SHARE * len(places)))
-        return sorted(places[i] for i in order[:wanted])
+        wanted = min(max(1, round(MASKED_SHARE * len(places))), len(places))
+        return sorted(random.Random(f"{self.seed} {number}").sample(places, wanted))
 
 
 @torch.no_grad()
