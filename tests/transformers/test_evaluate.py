@@ -102,7 +102,7 @@ def test_causal_scores(name):
     kl = functional.kl_div(q, p, log_target=True, reduction="batchmean").item()
     found = evaluate(original, converted, windows(), batch=2)
     assert (found.kind, found.predicted) == ("causal", sum(LENGTHS) - len(LENGTHS))
-    close = {"rel": 1e-9, "abs": 1e-12}  # float64, sums in another order
+    close = {"rel": 1e-6, "abs": 1e-7}  # transformers 4 rounds Llama's logits to float32
     assert found.kl == pytest.approx(kl, **close)
     assert kl > 0.01
     assert found.excess == pytest.approx(nats[1] - nats[0], **close)
