@@ -21,6 +21,7 @@ NAMES = (
     "complexity",
     "certificates",
     "real_layer",
+    "conversion",
     "planted",
 )  # the shortest first
 

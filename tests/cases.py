@@ -59,6 +59,10 @@ CASES = {
     "ragged, causal and masks": lambda: ragged(
         causal=True, masks=[visible(n, n, n) for n in RAGGED]
     ),
+    "ragged, window": lambda: ragged(causal=True, window=4, weights=zeroed(RAGGED, 9)),
+    "ragged, window and masks": lambda: ragged(
+        causal=True, window=3, masks=[normal(n, n, seed=n) for n in RAGGED], options=RIDGES
+    ),
     "cross": lambda: cross(options={"scale": 0.4}),
     "cross, additive masks, ridges": lambda: cross(
         masks=[normal(n, m, seed=n * m) for n, m in CROSS],

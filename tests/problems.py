@@ -64,6 +64,9 @@ PROBLEMS = {
     "list": lambda: ragged(**SETTINGS),
     "list of one": lambda: AttentionProblem([normal(5, 3)], [normal(5, 2)], mask="causal"),
     "list, weights": lambda: ragged(weights=[positive(n) for n in (5, 2, 5, 7)]),
+    "window": lambda: single(mask=("causal", 2)),
+    "list, window": lambda: ragged(mask=("causal", 3)),
+    "batch, window and mask": lambda: batch(mask=("causal", 2, torch.ones(5, 5).bool().tril())),
     "list, causal and masks": lambda: ragged(
         mask=("causal", [visible(n, n) for n in (5, 2, 5, 7)])
     ),
@@ -83,7 +86,16 @@ PROBLEMS = {
 
 def assert_same(found, expected):
     """Equal in everything but the device, batches included."""
-    for name in ("scale", "ridge_x", "ridge_y", "structure", "lengths", "dtype", "causal"):
+    for name in (
+        "scale",
+        "ridge_x",
+        "ridge_y",
+        "structure",
+        "lengths",
+        "dtype",
+        "causal",
+        "window",
+    ):
         assert getattr(found, name) == getattr(expected, name), name
     assert found.self_attention == expected.self_attention
     assert found.center.keys() == expected.center.keys()

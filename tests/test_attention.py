@@ -86,6 +86,10 @@ def long_cases():
         "causal and masks": Case(
             a1, b, causal=True, masks=[normal(k, k, seed=k) for k in n], weights=weights
         ),
+        "window": Case(a1, b, causal=True, window=6, weights=weights),
+        "window and masks": Case(
+            a1, b, causal=True, window=11, masks=[normal(k, k, seed=k) for k in n]
+        ),
         "causal batch": Case(
             inputs((40,) * 3, 4, 0), inputs((40,) * 3, 3, 8), causal=True, stack=True
         ),
@@ -126,18 +130,19 @@ def test_blocks_and_recomputation_change_nothing(monkeypatch, model, case, size,
         assert relative(a, b) < 1e-12
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (True, 1), (True, 9)])
 @pytest.mark.parametrize("shape", [(3, 2, 2, 40, 33), (1, 4, 1, 7, 7), (5, 1, 3, 17, 90)])
 @pytest.mark.parametrize("room", [1, 700, 3000, 10**4, 10**9])
-def test_blocks_cover_each_entry_once(monkeypatch, shape, room, causal):
+def test_blocks_cover_each_entry_once(monkeypatch, shape, room, causal, window):
     b, g, _, n, m = shape
     m = n if causal else m
     monkeypatch.setattr(attention, "BLOCK_BYTES", 8 * room)
     count = torch.zeros(b, g, n, m)
-    for k in plan_blocks((b, g, shape[2], n, m), 8, causal):
-        count[k.b0 : k.b1, k.g0 : k.g1, k.n0 : k.n1, : k.m1] += 1
+    for k in plan_blocks((b, g, shape[2], n, m), 8, causal, window):
+        count[k.b0 : k.b1, k.g0 : k.g1, k.n0 : k.n1, k.m0 : k.m1] += 1
     if causal:
         seen = torch.ones(n, m).tril().bool()
+        seen &= True if window is None else torch.ones(n, m).triu(1 - window).bool()
         assert bool((count[..., seen] == 1).all())
         assert bool((count <= 1).all())
     else:

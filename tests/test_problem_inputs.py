@@ -168,6 +168,16 @@ CASES = {
         {**PAIR, "mask": mask_without()},
         "mask has shape (3, 3) for sequence 1; expected (queries, keys) = (4, 4)",
     ),
+    "empty window": (
+        {"mask": ("causal", 0)},
+        "mask is causal with a window of 0 key(s); expected at least 1",
+    ),
+    "two windows": ({"mask": ("causal", 2, 3)}, "mask is ['causal', 2, 3]; expected 'causal'"),
+    "window of truth": ({"mask": ("causal", True)}, "mask"),
+    "row masked in its window": (
+        {"mask": ("causal", 1, mask_without((1, 1)))},
+        "mask besides 'causal' and its window of 1 key(s) forbids every key to row 1 of",
+    ),
     "causal cross-attention": (
         {"A2": ones(4, 2), "A3": ones(4, 2), "mask": "causal"},
         "mask is 'causal', and sequence 0 has 3 queries and 4 keys; expected equal numbers",

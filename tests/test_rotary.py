@@ -3,8 +3,11 @@
 import pytest
 import torch
 
-from attnreg import AttentionProblem, MultiHead
+from attnreg import AttentionProblem, FitResult, MultiHead, fit, verify
+from attnreg.curvature.dense import assemble_hessian
+from attnreg.curvature.preconditioner import gauss_newton_estimate
 from attnreg.models import Features, Rotary
+from attnreg.objective import Objective, Point
 from tests.twins import forward_product, normal, padded, relative, unpadded
 
 SIZES = (5, 7, 3)  # widths of A1, A2 and A3
@@ -162,3 +165,171 @@ def test_derivatives(made):
     assert relative(product, second + g2.detach()) < 1e-10
     assert not bool(gradient[fitted:].any())
     assert not bool(product[fitted:].any())
+
+
+def test_reduced_hessian(made):
+    """Products with the exact reduced Hessian against autograd through the solve."""
+    t, problem, parameters, theta, _, _ = made
+    objective = Objective(problem, t.model)
+    point = objective_point(objective, theta)
+    w = torch.cat(t.weights).sqrt()[:, None]
+    b = torch.cat([normal(n, 2, seed=n + 5) for n in LENGTHS])
+
+    def value(theta):
+        f = t.of_theta(theta, parameters)
+        if objective.layout.readout_bias:
+            f = torch.cat([f, f.new_ones(len(f), 1)], 1)
+        f = w * f
+        return (f @ torch.linalg.solve(f.T @ f, f.T @ (w * b)) - w * b).square().sum()
+
+    variable, direction = theta.clone().requires_grad_(), normal(theta.numel(), seed=4)
+    (g,) = torch.autograd.grad(value(variable), variable, create_graph=True)
+    (product,) = torch.autograd.grad(g @ direction, variable)
+    assert relative(point.gradient, g.detach()) < 1e-9  # the normal equations square a condition
+    assert relative(point.hessian(direction), product) < 1e-9
+
+
+def test_estimate_and_dense_assembly(made):
+    t, problem, _, theta, _, _ = made
+    objective = Objective(problem, t.model)
+    point = objective_point(objective, theta)
+    solver = gauss_newton_estimate(point, torch.Generator().manual_seed(0))
+    step = solver.inverse(1e-3 * solver.mean_eigenvalue)(point.gradient)
+    assert float(step @ point.gradient) > 0
+    assert float(step @ point.gauss_newton(step)) > 0
+    if not objective.layout.plain:
+        with pytest.raises(ValueError, match="the dense curvature is for layers without"):
+            assemble_hessian(point)
+
+
+def objective_point(objective, theta):
+    return Point(objective, objective.features(theta))
+
+
+def turns(t, length):
+    """Matrices of the rotation at all positions, column by column."""
+    e = t.model.head_dim
+    eye = torch.eye(e, dtype=torch.float64)
+    return [torch.stack([t.turned(c, p) for c in eye], 1) for p in range(length)]
+
+
+@pytest.mark.parametrize("name", ["half-split", "partial, query and key bias", "Qwen3"])
+def test_metric_averages_over_positions(name):
+    """The right factors of queries and keys against a loop over all pairs of positions."""
+    t = LayerTwin(LAYERS[name])
+    problem, parameters = t.problem(), t.parameters()
+    theta, readout = t.model.split(problem, parameters)
+    found = t.model.natural_metric(problem, theta, readout)
+    m, e = t.model, t.model.head_dim
+    groups = m.kv_heads or m.heads
+    count, rows = torch.zeros(max(LENGTHS), dtype=torch.float64), sum(LENGTHS)
+    for n in LENGTHS:
+        count[:n] += 1
+    share, turn = count / rows, turns(t, max(LENGTHS))
+    mean = sum(s * r for s, r in zip(share, turn, strict=True))
+    w = torch.cat(t.weights)
+    q = torch.cat(t.inputs[0]) @ parameters["W_Q"] + parameters.get("b_Q", 0.0)
+    k = torch.cat(t.inputs[1]) @ parameters["W_K"] + parameters.get("b_K", 0.0)
+    key_means = [x.mean(0) for x in k.split(LENGTHS)]
+    for head in range(m.heads):
+        g = head // (m.heads // groups)
+        part, own = slice(g * e, (g + 1) * e), slice(head * e, (head + 1) * e)
+        fq = fk = torch.ones(e, dtype=torch.float64)
+        if m.norm_eps is not None:
+            size = (w @ q[:, own].square().mean(1)) / w.sum() + m.norm_eps
+            fq = parameters["g_Q"] / size.sqrt()
+            fk = parameters["g_K"] / (k[:, part].square().mean() + m.norm_eps).sqrt()
+        moment = fk[:, None] * (k[:, part].T @ k[:, part]) * fk
+        between = sum(
+            n * torch.outer(fk * x[part], fk * x[part])
+            for n, x in zip(LENGTHS, key_means, strict=True)
+        )
+        seen = sum(s * r @ moment @ r.T for s, r in zip(share, turn, strict=True))
+        seen = seen - mean @ between @ mean.T
+        met = sum(s * r.T @ seen @ r for s, r in zip(share, turn, strict=True))
+        expected = w.sum() * fq[:, None] * met * fq
+        assert relative(found[0][head], expected) < 1e-12
+        assert float(torch.linalg.eigvalsh(expected)[0]) > -1e-12 * float(expected.norm())
+
+
+def planted(model, sequences=12, n=16, d=8):
+    """A problem whose targets a layer gives exactly, and weights a small step from that layer."""
+    inputs = [normal(n, d, seed=i) for i in range(sequences)]
+    blank = AttentionProblem(inputs, [normal(n, 3, seed=0)] * sequences, mask=("causal", 9))
+    shapes = model._shapes(blank)
+    weights = {k: normal(*s, seed=i + 50) * s[0] ** -0.5 for i, (k, s) in enumerate(shapes.items())}
+    theta, readout = model.split(blank, weights)
+    rows = Features(blank, model, theta, products=False).columns @ readout
+    near = {
+        name: value if name.startswith("g_") else value + 0.1 * normal(*value.shape, seed=i)
+        for i, (name, value) in enumerate(weights.items())
+    }
+    return blank.replace(B=list(rows.split(n))), near
+
+
+@pytest.mark.parametrize("norm_eps", [None, 1e-3])
+def test_fit_finds_a_planted_layer(norm_eps, tmp_path):
+    model = MultiHead(2, 1, 4, 3, ("query", "key", "value"), HALF, norm_eps)
+    problem, near = planted(model)
+    result = fit(problem, model, init=near, max_iterations=200)
+    assert result.converged
+    assert result.relative_error < 1e-4
+    assert result.window == 9
+    certificate = verify(problem, result)
+    assert certificate.gradient_norm < 1e-6
+    assert any("gains" in text for text in certificate.assumptions) == (norm_eps is not None)
+    assert all(torch.equal(result.parameters[k], near[k]) for k in near if k.startswith("g_"))
+    assert not any("gain" in note for note in result.notes)
+    result.save(tmp_path / "fit.safetensors")
+    again = FitResult.load(tmp_path / "fit.safetensors")
+    assert again.model == model
+    inputs = normal(20, 8, seed=99)  # longer than the window
+    outside = AttentionProblem(inputs, normal(20, 3, seed=1), mask=("causal", 9))
+    assert torch.equal(again.predict(inputs), again.predict(outside))
+
+
+def test_parity_with_transformers():
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    config = transformers.LlamaConfig(
+        hidden_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=6
+    )
+    config._attn_implementation = "sdpa"  # its eager softmax is float32 whatever the inputs
+    torch.manual_seed(0)
+    layer = LlamaAttention(config, 0).double()
+    frequencies = tuple(10000.0 ** (-i / 3) for i in range(3))
+    x, n = normal(2, 9, 24, seed=0), 9
+    angle = torch.arange(n).double()[:, None] * torch.tensor(frequencies, dtype=torch.float64)
+    angle = torch.cat([angle, angle], 1)[None]
+    hidden = torch.full((n, n), -torch.inf, dtype=torch.float64).triu(1)[None, None]
+    with torch.no_grad():
+        expected = layer(x, position_embeddings=(angle.cos(), angle.sin()), attention_mask=hidden)
+    names = {"W_Q": "q_proj", "W_K": "k_proj", "W_V": "v_proj", "W_O": "o_proj"}
+    weights = {k: getattr(layer, v).weight.detach().T for k, v in names.items()}
+    problem = AttentionProblem(x, x, mask="causal")
+    model = MultiHead(4, 2, 6, bias=False, rotary=Rotary(frequencies))
+    theta, readout = model.split(problem, weights)
+    rows = Features(problem, model, theta, products=False).columns @ readout
+    assert relative(rows.view(2, n, 24), expected[0]) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rotary": Rotary((1.0, 0.5, 0.2)), "head_dim": 4}, "3 frequencies, which turn 6"),
+        ({"bias": ("keys",)}, "tuple of names out of"),
+        ({"norm_eps": -1.0}, "norm_eps=-1.0 was given"),
+    ],
+)
+def test_refusals(options, message):
+    with pytest.raises(ValueError, match=message):
+        MultiHead(2, **options)
+
+
+def test_rotary_refuses_cross_attention_and_empty_frequencies():
+    problem = AttentionProblem(normal(4, 4), normal(4, 2), normal(5, 4), normal(5, 4, seed=1))
+    with pytest.raises(ValueError, match="sequence 0 has 4 queries and 5 keys, and rotary"):
+        MultiHead(2, rotary=Rotary((1.0,))).layout(problem)
+    with pytest.raises(ValueError, match="finite numbers are expected"):
+        Rotary(())

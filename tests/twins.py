@@ -47,6 +47,7 @@ class Case:
     A3: list | None = None
     masks: list | None = None
     causal: bool = False
+    window: int | None = None
     weights: list | None = None
     options: dict[str, Any] = field(default_factory=dict)  # scale, ridges
     stack: bool = False
@@ -65,6 +66,8 @@ class Case:
                 bias += self.masks[i]
             if self.causal:
                 bias[torch.ones(bias.shape, dtype=torch.bool).triu(1)] = -torch.inf
+            if self.window is not None:
+                bias[torch.ones(bias.shape, dtype=torch.bool).tril(-self.window)] = -torch.inf
             yield a1, a2, a3, b, w, bias
 
     def problem(self, center=None, **changes):
@@ -73,7 +76,8 @@ class Case:
         given = {k: None if v is None else pack(v) for k, v in given.items()}
         mask = None if self.masks is None else pack(self.masks)
         if self.causal:
-            mask = "causal" if mask is None else ("causal", mask)
+            parts = [part for part in (self.window, mask) if part is not None]
+            mask = ("causal", *parts) if parts else "causal"
         return AttentionProblem(**given, mask=mask, center=center, **(self.options | changes))
 
 

@@ -36,6 +36,7 @@ STATED = (
     "stated",
     "nothing is stated of a minimiser: the layer's gauge leaves the objective constant",
 )
+HELD = ("the gains of the norms of queries and keys are held at the given parameters",)
 
 
 class Whitened:
@@ -140,7 +141,7 @@ def layer_certificate(
         mu=floor if math.isfinite(floor) else None,
         lipschitz=None,
         tolerance=tolerance,
-        assumptions=STATED,
+        assumptions=STATED + HELD if objective.layout.held else STATED,
         reason=reason,
         gradient_norm=gradient_norm,
         norm="natural",

@@ -1,11 +1,11 @@
 """Converts a model to smaller attention layers, one layer after another.
 
-The first pass goes through the layers in order. Each is fitted on the inputs that the student
-itself gives it, so that it makes up for what the layers before it lost, with the original's outputs
-on the original's inputs as targets. A refining pass goes through them again from the weights found;
-its targets hold the drift of the residual stream too: what the original adds to its hidden states
-plus what the student's hidden states lack. A block that the model applies several times (ALBERT) is
-one fit over all its applications, in the first pass on the original's inputs.
+Every pass goes through the layers in order. Each is fitted on the inputs that the student itself
+gives it, so that it makes up for what the layers before it lost. Its targets hold the drift of the
+residual stream too: what the original adds to its hidden states plus what the student's hidden
+states lack (measured: a lower loss than the original's outputs alone, at equal work). A refining
+pass starts from the weights found. A block that the model applies several times (ALBERT) is one fit
+over all its applications, in the first pass on the original's inputs and outputs.
 
 Finished fits are in the journal (:mod:`attnreg.transformers.journal`). Hidden states are not: after
 a kill they are computed again by the same steps, so that a run bounded by iterations ends with the
@@ -236,7 +236,7 @@ class _Run:
         if fitting:
             start = self.start_of(sweep, group)
             if sweep > 0 or len(group.applications) == 1:
-                seen, outputs = self.students_view(sweep, group, student, start, before, outputs)
+                seen, outputs = self.students_view(group, student, start, before, outputs)
             fitted = self.fitted(sweep, group, weights, start, seen, outputs)
             self.journal.write(_piece(sweep, group), fitted.weights, fitted.record())
             found = self.journal.read(_piece(sweep, group))
@@ -260,7 +260,6 @@ class _Run:
 
     def students_view(
         self,
-        sweep: int,
         group: Group,
         student: Tensor,
         start: dict[str, Tensor] | None,
@@ -273,8 +272,7 @@ class _Run:
             self.task.adapter.write(block, start, group.student)
         seen, targets = [], []
         for i, application in enumerate(group.applications):
-            drift = before[i] - student if sweep > 0 else None
-            targets.append(outputs[i] if drift is None else outputs[i] + drift)
+            targets.append(outputs[i] + (before[i] - student))
             if i == len(group.applications) - 1:
                 seen.append(self.runner.attention_input(application, block, student))
             else:
