@@ -137,7 +137,7 @@ def compress_command(
     Exit status: 0 done, 2 bad input, 3 done but with a larger loss than --max-excess or
     --min-cosine allows; the folder is written all the same.
     """
-    _need_transformers()
+    need_transformers()
     from attnreg.transformers.tables import command_line, conversion_summary, dry_run_summary
     from attnreg.transformers.task import Options, prepare
 
@@ -195,7 +195,7 @@ def plan_command(
     --max-iterations of the solver after it. The plan has the least sum of the squared relative
     errors of the layers' outputs, each layer counting the same; it is exact if errors add up.
     """
-    _need_transformers()
+    need_transformers()
     from attnreg.transformers.checkpoint import Checkpoint
     from attnreg.transformers.display import MeasureDisplay
     from attnreg.transformers.sensitivity import choose, choose_even, measure
@@ -226,7 +226,8 @@ def plan_command(
 # -- parts
 
 
-def _need_transformers() -> None:
+def need_transformers() -> None:
+    """Refuses in one line if the extra is missing, and silences transformers."""
     try:
         import transformers
     except ModuleNotFoundError as error:

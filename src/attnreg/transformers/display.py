@@ -90,3 +90,12 @@ class MeasureDisplay(_Display):
         """Shows one measurement."""
         text = f"layer {last.layers[0]}, {last.setting} ({done}/{total}) error {last.error:.4f}"
         self._progress.update(self._task, description=text, completed=done, total=total)
+
+
+class WindowsDisplay(_Display):
+    """Windows that two models were scored on."""
+
+    def update(self, done: int, total: int) -> None:
+        """Shows how many are done."""
+        text = f"window {done}/{total}"
+        self._progress.update(self._task, description=text, completed=done, total=total)

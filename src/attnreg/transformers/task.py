@@ -235,6 +235,27 @@ def find_groups(
     return tuple(groups)
 
 
+def window_length(config: Any, wanted: int | None) -> int:
+    """Tokens of a window.
+
+    Args:
+        config: A model's configuration.
+        wanted: The number asked for; None: as many as the model takes, at most 512.
+
+    Returns:
+        The number.
+
+    Raises:
+        ValueError: If the model does not take as many.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    if wanted is None:
+        return min(DEFAULT_WINDOW, limit or DEFAULT_WINDOW)
+    if limit is not None and wanted > limit:
+        raise ValueError(f"window={wanted} was given, the model takes {limit} tokens at most")
+    return wanted
+
+
 def read_split(
     checkpoint: Checkpoint, calibration: Source, options: Options
 ) -> tuple[Windows, Windows]:
@@ -246,12 +267,7 @@ def read_split(
     Raises:
         ValueError: If there is no tokenizer or the text is refused.
     """
-    length = options.window
-    limit = getattr(checkpoint.config, "max_position_embeddings", None)
-    if length is None:
-        length = min(DEFAULT_WINDOW, limit or DEFAULT_WINDOW)
-    elif limit is not None and length > limit:
-        raise ValueError(f"window={length} was given, the model takes {limit} tokens at most")
+    length = window_length(checkpoint.config, options.window)
     tokenizer = read_tokenizer(checkpoint.folder)
     windows = read_windows(calibration, tokenizer, length=length, max_tokens=options.tokens)
     size = checkpoint.config.vocab_size

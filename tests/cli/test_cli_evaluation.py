@@ -1,0 +1,70 @@
+"""The command line: `evaluate`."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.transformers.folders import edit_json
+from tests.transformers.texts import model_folder, write_text
+
+TEXT = ("--text", "text.txt", "--window", 16)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    for name in ("llama", "bert"):
+        model_folder(name, folder / name)
+    write_text(folder / "text.txt")
+    return folder
+
+
+@pytest.fixture
+def models(made, folder):
+    """Models and a text in the current folder."""
+    shutil.copytree(made, folder, dirs_exist_ok=True)
+    return folder
+
+
+def test_evaluate(run, models):
+    quick = ("--max-iterations", 0, "--refinements", 0, "--window", 16, "--held-out", 0.2)
+    compress = ("compress", "llama", "--calibration", "text.txt", *quick, "--kv-heads", 1)
+    assert run(*compress, "--out", "small", "--quiet")[0] == 0
+    code, out, err = run("evaluate", "llama", "small", *TEXT, "--max-tokens", 200, "--json")
+    assert (code, err) == (0, "")
+    report = json.loads(out)
+    assert report["tokens"] <= 200
+    assert report["text"] == "text.txt"
+    assert set(report["versions"]) == {"attnreg", "torch", "transformers"}
+    assert report["original"]["digest"] != report["converted"]["digest"]
+    before, after = report["original"], report["converted"]
+    assert after["kv_cache_bytes"] * 2 == before["kv_cache_bytes"]
+    assert report["excess"] == pytest.approx(after["nats"] - before["nats"], abs=1e-12)
+    assert [len(layer["heads"]) for layer in report["layers"]] == [4, 4, 4]
+
+    code, out, err = run("evaluate", "llama", "small", *TEXT, "--first-only")
+    assert (code, err) == (0, "")
+    assert "windows    20" in out
+    assert "perplexity" in out
+    assert run("evaluate", "llama", "small", *TEXT, "--quiet") == (0, "", "")
+
+
+def test_refusals(refused, models):
+    def refuse(*arguments):
+        return refused("evaluate", *arguments)
+
+    assert "fewer than one window of 2048" in refuse(
+        "llama", "llama", "--text", "text.txt", "--window", 2048
+    )
+    assert "does not exist" in refuse("llama", "llama", "--text", "none.txt")
+    assert "no mask token is known" in refuse("bert", "bert", *TEXT)
+    assert "the kind of the original is causal" in refuse("llama", "bert", *TEXT)
+    shutil.copytree("llama", "other")
+    vocabulary = json.loads((models / "other" / "tokenizer.json").read_text())["model"]
+    vocabulary["vocab"] |= {"w1": 2, "w2": 1}
+    edit_json(models / "other" / "tokenizer.json", model=vocabulary)
+    assert "differ in their vocabularies" in refuse("llama", "other", *TEXT)
+    assert "the model takes 2048 tokens" in refuse(
+        "llama", "llama", "--text", "text.txt", "--window", 4096
+    )
