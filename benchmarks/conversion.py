@@ -7,7 +7,7 @@ inputs with the same targets, and differs only in how a layer is fitted:
     mean      key/value heads averaged over their group, nothing fitted
     start     the best start by measured error, its W_O solved
     adam      from that start: Adam, mini-batches of whole windows, fused attention, a cosine over
-              its seconds, best of four rates by held-out error
+              its seconds, best of some rates (four) by held-out error
     ours      from that start: `attnreg.fit`, in two passes over the layers
 
 Seconds a layer are those of one fit (adam: of one rate, so that it is given four times as long;
@@ -99,7 +99,7 @@ def adam(
     return {name: value.detach() for name, value in weights.items()}
 
 
-def peer(method: str, seconds: float) -> Callable[..., Any]:
+def peer(method: str, seconds: float, rates: Sequence[float]) -> Callable[..., Any]:
     """What takes the place of `fit_layer` for a method."""
     from attnreg.transformers import layer_fit
     from attnreg.transformers.starts import best_start, solve_readout, starts
@@ -121,7 +121,7 @@ def peer(method: str, seconds: float) -> Callable[..., Any]:
             init = options_found[0]
             options_found = [
                 solve_readout(problem, model, adam(problem, model, init, rate, seconds, 0))[1]
-                for rate in RATES
+                for rate in rates
             ]
         errors = [layer_fit.relative_error(validation, model, w) for w in options_found]
         best_error = min(errors)
@@ -156,7 +156,12 @@ def nats(folder: Path, texts: Sequence[str]) -> float:
 
 
 def row(
-    student: str, method: str, seconds: float, texts: Sequence[str], before: float
+    student: str,
+    method: str,
+    seconds: float,
+    texts: Sequence[str],
+    before: float,
+    rates: Sequence[float],
 ) -> dict[str, Any]:
     """One conversion and its score."""
     from attnreg.transformers.convert import convert
@@ -178,13 +183,14 @@ def row(
         if ours:
             done = convert(task, out)
         else:
-            with mock.patch("attnreg.transformers.convert.fit_layer", peer(method, seconds)):
+            with mock.patch("attnreg.transformers.convert.fit_layer", peer(method, seconds, rates)):
                 done = convert(task, out)
         excess = nats(out, texts) - before
     return {
         "student": student,
         "method": method,
         "seconds_a_layer": seconds,
+        "rates": list(rates) if method == "adam" else None,
         "seconds": done.seconds,
         "excess_nats": excess,
         "perplexity": math.exp(before + excess),
@@ -198,6 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seconds", nargs="+", type=float, default=[5.0, 20.0])
+    parser.add_argument("--rates", nargs="+", type=float, default=list(RATES), help="of Adam")
     parser.add_argument("--resume", action="store_true", help="keep the rows of the last run")
     options = parse(parser, arguments)
     if options.quick:
@@ -215,8 +222,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for seconds in options.seconds if timed else [0.0]:
                 if (student, method, seconds) in known:
                     continue
-                rows.append(row(student, method, seconds, texts, before))
-                content = {"machine": machine(), "original_nats": before, "rates": RATES}
+                rows.append(row(student, method, seconds, texts, before, options.rates))
+                content = {"machine": machine(), "original_nats": before}
                 save("conversion", {**content, "rows": rows}, quick=options.quick)
     print_table(
         f"stories260k, original perplexity {math.exp(before):.3f}",
