@@ -244,6 +244,29 @@ def test_no_hook_is_left_and_numbers_that_are_not_finite_are_refused():
     assert hooks(original) == hooks(converted) == 0
 
 
+def test_a_model_for_pretraining_is_a_masked_one():
+    model = replace(FAMILIES["bert"], head="ForPreTraining").make()
+    found = evaluate(model, model, windows(), masking=MASKING)
+    ids = windows().ids[0]
+    places = MASKING.chosen(0, ids)
+    one = Windows.of([ids])
+    covered = [3 if i in places else token for i, token in enumerate(ids)]
+    logs = singly(model, "prediction_logits", covered).double().log_softmax(-1)
+    nats = -sum(logs[place, ids[place]].item() for place in places) / len(places)
+    assert found.kind == "masked"
+    # float32 logits
+    assert evaluate(model, model, one, masking=MASKING).original.nats == pytest.approx(nats, 1e-5)
+
+
+def test_scores_in_bfloat16():
+    original = FAMILIES["llama"].make()
+    halved = FAMILIES["llama"].make(torch.bfloat16)
+    found = evaluate(original, halved, windows())
+    assert found.converted.kv_cache_bytes * 2 == found.original.kv_cache_bytes
+    # bfloat16 rounds to 2^-8: errors of that order, not zero and not of order one
+    assert 1e-4 < max(layer.error for layer in found.layers) < 0.05
+
+
 def test_progress_is_told():
     model = FAMILIES["gpt2"].make()
     seen = []
