@@ -132,13 +132,16 @@ def _report(
     import transformers
 
     from attnreg import __version__
+    from attnreg.transformers.calibration import HUB
     from attnreg.transformers.task import model_digest
 
     report = found.to_dict()
-    for name, one in zip(("original", "converted"), checkpoints, strict=True):
+    for side, one in zip(("original", "converted"), checkpoints, strict=True):
         named = {"model": one.folder.name, "digest": model_digest(one)}
-        report[name] = named | report[name]
-    text = {"text": Path(windows.source).name, "left_out": windows.left_out}
+        report[side] = named | report[side]
+    source = windows.source  # a file without its folder, a data set as it was given
+    name = source if source.startswith(HUB) else Path(source).name
+    text = {"text": name, "left_out": windows.left_out}
     versions = {
         "attnreg": __version__,
         "torch": torch.__version__,

@@ -50,6 +50,16 @@ def test_evaluate(run, models):
     assert run("evaluate", "llama", "small", *TEXT, "--quiet") == (0, "", "")
 
 
+def test_masked(run, models):
+    edit_json(models / "bert" / "tokenizer_config.json", mask_token="w59")
+    command = ("evaluate", "bert", "bert", *TEXT, "--dtype", "float32", "--seed")
+    reports = [json.loads(run(*command, seed, "--json")[1]) for seed in (0, 1)]
+    assert [report["kind"] for report in reports] == ["masked", "masked"]
+    assert reports[0]["excess"] == 0.0
+    assert reports[0]["original"]["nats"] != reports[1]["original"]["nats"]
+    assert "cosine mean" in run(*command, 0)[1]
+
+
 def test_refusals(refused, models):
     def refuse(*arguments):
         return refused("evaluate", *arguments)

@@ -112,7 +112,7 @@ def test_causal_scores(name):
 
 
 @pytest.mark.parametrize("sizes", [{"kv_heads": 1}, {"heads": 2, "kv_heads": 1}, {"head_dim": 6}])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "albert"])
 def test_errors_of_layers_and_heads(name, sizes):
     original, converted = pair(name, **sizes)
     found = evaluate(original, converted, windows(), batch=2, masking=MASKING)
@@ -121,12 +121,14 @@ def test_errors_of_layers_and_heads(name, sizes):
             original(input_ids=torch.tensor([ids]))
     models = (original, converted)
     shapes = list(zip(shapes_of(original), shapes_of(converted, **sizes), strict=True))
+    adapter = adapter_for(original.config)
+    blocks = adapter.blocks(original)
     for layer, both in zip(found.layers, shapes, strict=True):
-        weights = [
-            adapter_for(model.config).read(adapter_for(model.config).blocks(model)[layer.layer])
-            for model in models
-        ]
-        inputs = [x for x, _ in captured.pairs(layer.layer)]
+        weights = [adapter.read(adapter.blocks(model)[layer.layer]) for model in models]
+        # the recording of a block that is applied several times holds all applications in turn
+        shared = [i for i, block in enumerate(blocks) if block is blocks[layer.layer]]
+        pairs = list(captured.pairs(layer.layer))[shared.index(layer.layer) :: len(shared)]
+        inputs = [x for x, _ in pairs]
         assert layer.error == pytest.approx(_error(inputs, weights, both), rel=1e-6)
         if both[0].heads != both[1].heads:
             assert layer.heads is None
@@ -240,6 +242,29 @@ def test_no_hook_is_left_and_numbers_that_are_not_finite_are_refused():
     with pytest.raises(TypeError):
         evaluate(original, converted, windows())
     assert hooks(original) == hooks(converted) == 0
+
+
+def test_a_model_for_pretraining_is_a_masked_one():
+    model = replace(FAMILIES["bert"], head="ForPreTraining").make()
+    found = evaluate(model, model, windows(), masking=MASKING)
+    ids = windows().ids[0]
+    places = MASKING.chosen(0, ids)
+    one = Windows.of([ids])
+    covered = [3 if i in places else token for i, token in enumerate(ids)]
+    logs = singly(model, "prediction_logits", covered).double().log_softmax(-1)
+    nats = -sum(logs[place, ids[place]].item() for place in places) / len(places)
+    assert found.kind == "masked"
+    # float32 logits
+    assert evaluate(model, model, one, masking=MASKING).original.nats == pytest.approx(nats, 1e-5)
+
+
+def test_scores_in_bfloat16():
+    original = FAMILIES["llama"].make()
+    halved = FAMILIES["llama"].make(torch.bfloat16)
+    found = evaluate(original, halved, windows())
+    assert found.converted.kv_cache_bytes * 2 == found.original.kv_cache_bytes
+    # bfloat16 rounds to 2^-8: errors of that order, not zero and not of order one
+    assert 1e-4 < max(layer.error for layer in found.layers) < 0.05
 
 
 def test_progress_is_told():

@@ -296,7 +296,9 @@ def _call(model: Any, ids: Tensor, mask: Tensor, *, head: bool) -> Tensor:
     if "use_cache" in inspect.signature(called.forward).parameters:
         options["use_cache"] = False
     output = called(**options)
-    found: Tensor = output.logits if head else output.last_hidden_state
+    # a model for pretraining has a second head, and another name for the logits of tokens
+    names = ("logits", "prediction_logits") if head else ("last_hidden_state",)
+    found: Tensor = next(output[name] for name in names if name in output)
     return found
 
 
