@@ -8,10 +8,9 @@ inputs with the same targets, and differs only in how a layer is fitted:
     start     the best start by measured error, its W_O solved
     adam      from that start: Adam, mini-batches of whole windows, fused attention, a cosine over
               its seconds, best of some rates (four) by held-out error
-    ours      from that start: `attnreg.fit`, in two passes over the layers
+    ours      from that start: `attnreg.fit`
 
-Seconds a layer are those of one fit (adam: of one rate, so that it is given four times as long;
-ours: of both passes together). Fitted on calibration.txt; evaluation.txt only scores: each story
+Seconds a layer are those of one fit (adam: of one rate, so that it is given four times as long). Fitted on calibration.txt; evaluation.txt only scores: each story
 from its beginning, at most 512 tokens; excess in nats per token over the original.
 
     python -m benchmarks.conversion --students kv2 --seconds 5 20
@@ -173,7 +172,7 @@ def row(
     options = Options(
         max_iterations=10**6,
         max_seconds=seconds * layers if ours else None,
-        refinements=1 if ours else 0,
+        refinements=0,
     )
     task = prepare(
         str(folder), Plan(Setting(**STUDENTS[student])), str(folder / "calibration.txt"), options

@@ -113,7 +113,7 @@ def compress_command(
     window: Window = None,
     tokens: Tokens = None,
     held_out: HeldOut = 0.1,
-    refinements: Refinements = 1,
+    refinements: Refinements = 0,
     max_iterations: MaxIterations = 30,
     max_seconds: MaxSeconds = None,
     seed: Seed = 0,

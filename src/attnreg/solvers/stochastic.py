@@ -34,10 +34,10 @@ from attnreg.operations import product
 from attnreg.records import IterationRecord, Status
 from attnreg.solvers.run import Outcome, Run, Settings, relative_gradient_norm
 
-BATCH_ROWS = 1536
+BATCH_ROWS = 768
 """Rows of a mini-batch, about: padding included, whole sequences, one at least."""
 
-RATE = 0.1
+RATE = 0.07
 WARM_UP = 20
 MOMENTS = (0.9, 0.95)
 """Decay of the gradient's running mean and mean square."""
