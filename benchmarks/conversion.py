@@ -10,8 +10,9 @@ inputs with the same targets, and differs only in how a layer is fitted:
               its seconds, best of some rates (four) by held-out error
     ours      from that start: `attnreg.fit`
 
-Seconds a layer are those of one fit (adam: of one rate, so that it is given four times as long). Fitted on calibration.txt; evaluation.txt only scores: each story
-from its beginning, at most 512 tokens; excess in nats per token over the original.
+Seconds a layer are those of one fit (adam: of one rate, so that it is given four times as long).
+Fitted on calibration.txt; evaluation.txt only scores: each story from its beginning, at most 512
+tokens; excess in nats per token over the original.
 
     python -m benchmarks.conversion --students kv2 --seconds 5 20
 """
