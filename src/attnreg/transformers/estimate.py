@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from attnreg.transformers.layer_fit import solver_for
 from attnreg.transformers.shapes import AttentionShape
 from attnreg.transformers.task import Task
 
@@ -55,7 +56,11 @@ def estimate(task: Task) -> Estimate:
     fits = 0.0
     for group, count in zip(task.groups, runs, strict=True):
         if group.changed:
-            products = task.options.max_iterations * PRODUCTS * 4 + 20  # 20: the starts
+            residuals = count * task.fit.tokens * group.student.width
+            size = sum(math.prod(s) for s in group.student.weights().values())
+            # An epoch of mini-batches is one pass forward and one back.
+            products = 1 if solver_for(residuals, size) == "stochastic" else PRODUCTS
+            products = task.options.max_iterations * products * 4 + 20  # 20: the starts
             fits += products * count * task.fit.tokens * _work(group.student, length) / rate
     limit = task.options.max_seconds
     seconds += sweeps * fits if limit is None else min(limit, sweeps * fits)

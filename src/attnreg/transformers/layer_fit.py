@@ -98,7 +98,9 @@ def fit_layer(
     result = fit(
         problem,
         model,
-        solver=solver_for(problem, init),
+        solver=solver_for(
+            problem.n_rows * problem.d_out, sum(value.numel() for value in init.values())
+        ),
         init=init,
         max_iterations=max_iterations,
         max_seconds=max_seconds,
@@ -119,11 +121,9 @@ def fit_layer(
     )
 
 
-def solver_for(problem: AttentionProblem, weights: Mapping[str, Tensor]) -> str:
-    """``"stochastic"`` where the data are redundant, else ``"trust-region"``."""
-    parameters = sum(value.numel() for value in weights.values())
-    redundant = problem.n_rows * problem.d_out >= REDUNDANT * parameters
-    return "stochastic" if redundant else "trust-region"
+def solver_for(residuals: int, weights: int) -> str:
+    """``"stochastic"`` where there are many residuals a weight, else ``"trust-region"``."""
+    return "stochastic" if residuals >= REDUNDANT * weights else "trust-region"
 
 
 def sample(problem: AttentionProblem, rows: int) -> AttentionProblem:
