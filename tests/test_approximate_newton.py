@@ -151,7 +151,7 @@ def test_bounds_and_callbacks(solver):
 @pytest.mark.parametrize(
     ("solver", "options", "model", "message"),
     [
-        ("newton", {}, None, "'newton' was given, one of 'trust-region', 'newton-sketch'"),
+        ("newton", {}, None, "'newton' was given, one of 'trust-region', 'stochastic'"),
         ("newton-sketch", {"ridge_x": 0.0}, None, "needs ridge_x and ridge_y above 0"),
         ("newton-sketch", {"ridge_y": 0.0}, None, "needs ridge_x and ridge_y above 0"),
         ("newton-cg", {"ridge_x": 0.0}, None, "needs ridge_x and ridge_y above 0"),
@@ -191,7 +191,7 @@ def test_a_saved_fit_remembers_its_solver(tmp_path):
 
 
 def test_names_of_solvers_are_those_of_the_command_line():
-    assert SOLVERS == ("trust-region", "newton-sketch", "newton-cg")
+    assert SOLVERS == ("trust-region", "stochastic", "newton-sketch", "newton-cg")
 
 
 @pytest.mark.parametrize("ratio", [1.0, 1e-2])

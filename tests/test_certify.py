@@ -21,7 +21,13 @@ def noisy(**options):
 RIDGED = {"ridge_x": 1e-4, "ridge_y": 1e-2}
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+def test_mini_batches_are_refused():
+    problem = AttentionProblem(torch.ones(3, 2), torch.ones(3, 2), ridge_x=1, ridge_y=1)
+    with pytest.raises(ValueError, match="solver='stochastic' does not come as near"):
+        fit(problem, solver="stochastic", certify=True)
+
+
+@pytest.mark.parametrize("solver", [name for name in SOLVERS if name != "stochastic"])
 def test_the_gap_is_certified_and_holds(solver, tmp_path):
     problem = noisy(**RIDGED)
     result = fit(problem, solver=solver, certify=True, tol=TOL)

@@ -88,6 +88,11 @@ def fit(
     model = Bilinear() if model is None else model
     _check_bounds(tol, max_iterations, max_seconds)
     check_solver(solver, problem, model)
+    if certify and solver == "stochastic":
+        raise ValueError(
+            "certify=True needs a point next to a minimiser, and solver='stochastic' does not come as "
+            "near: certify a second fit with solver='trust-region' and init=result"
+        )
     if certify and not isinstance(model, Bilinear):
         raise ValueError(
             f"certify=True needs a bound on the gap, which there is for Bilinear only, and "

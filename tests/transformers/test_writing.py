@@ -423,4 +423,5 @@ def test_a_process_without_attnreg_loads_the_folder_and_gives_the_same(tmp_path:
     assert done.returncode == 0, done.stderr
     results = torch.load(tmp_path / "results.pt")
     for result, twin in zip(results, expected, strict=True):
-        assert torch.equal(result, twin)
+        # Another process may use another number of threads and so another order of summation.
+        torch.testing.assert_close(result, twin, rtol=1e-5, atol=1e-5)
