@@ -90,8 +90,8 @@ def fit(
     check_solver(solver, problem, model)
     if certify and solver == "stochastic":
         raise ValueError(
-            "certify=True needs a point next to a minimiser, and solver='stochastic' does not come as "
-            "near: certify a second fit with solver='trust-region' and init=result"
+            "certify=True needs a point next to a minimiser, and solver='stochastic' does not come "
+            "as near: certify a second fit with solver='trust-region' and init=result"
         )
     if certify and not isinstance(model, Bilinear):
         raise ValueError(
