@@ -13,7 +13,48 @@ from attnreg.problem import AttentionProblem
 from attnreg.records import IterationRecord
 
 
-class ProgressDisplay:
+class LiveLine:
+    """A text, a bar, elapsed time and time left, on standard error; a context.
+
+    Args:
+        text: Shown until the first update.
+        enabled: Whether anything is shown.
+    """
+
+    def __init__(self, text: str = "reading", *, enabled: bool) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=10),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not enabled,
+        )
+        self._task = self._progress.add_task(text, total=None)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def show(self, text: str, completed: float, total: float) -> None:
+        """Exchanges the text and moves the bar."""
+        self._progress.update(self._task, description=text, completed=completed, total=total)
+
+    def stop(self) -> None:
+        """Ends the line."""
+        self._progress.stop()
+
+
+class ProgressDisplay(LiveLine):
     """Loss, error, gradient and time of a running fit, on standard error.
 
     The line fits into 80 columns. The bar is the share of the way, in powers of ten, from the
@@ -31,28 +72,7 @@ class ProgressDisplay:
     ) -> None:
         self._problem, self._tol, self._max_seconds = problem, tol, max_seconds
         self._first = 0.0
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=10),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not enabled,
-        )
-        self._task = self._progress.add_task("fit", total=1.0)
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._progress.stop()
+        super().__init__("fit", enabled=enabled)
 
     def update(self, record: IterationRecord) -> None:
         """Shows one record."""
@@ -60,7 +80,7 @@ class ProgressDisplay:
         error = self._problem.relative_error(record.loss)
         text = f"{record.iteration:4d}  loss {record.loss:.4e} error {error:.4f}"
         text += f" gradient {record.gradient_norm:.0e}"
-        self._progress.update(self._task, description=text, completed=self._share(record))
+        self.show(text, self._share(record), 1.0)
 
     def _share(self, record: IterationRecord) -> float:
         share = 0.0

@@ -42,30 +42,8 @@ WARM_UP = 20
 MOMENTS = (0.9, 0.95)
 """Decay of the gradient's running mean and mean square."""
 
-FLOOR = 1e-12
-"""Added to the root of the mean square, over the largest of the block: no division by zero."""
-
-
-@dataclass
-class _Adam:
-    """Running moments of one flat vector with a rate for each entry."""
-
-    value: Tensor
-    rate: Tensor
-
-    def __post_init__(self) -> None:
-        self._mean, self._square = torch.zeros_like(self.value), torch.zeros_like(self.value)
-        self._steps = 0
-
-    def step(self, gradient: Tensor, factor: float) -> None:
-        """One step of ``factor`` times the rate."""
-        self._steps += 1
-        first, second = MOMENTS
-        self._mean.lerp_(gradient, 1 - first)
-        self._square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-        size = (self._square / (1 - second**self._steps)).sqrt_()
-        size += FLOOR * size.max().clamp_min(torch.finfo(size.dtype).tiny)
-        self.value.addcdiv_(self._mean * self.rate, size, value=-factor / (1 - first**self._steps))
+FLOOR = 1e-30
+"""Added to the root of the mean square: no division by zero, whatever the size of the loss."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +79,11 @@ class Stochastic:
         self._run = Run(objective, settings, observe, began)
         self._start = Point(objective, objective.features(theta))
         self._metric = natural_metric(self._start)
-        self._theta = _Adam(self._start.theta.clone(), self._rates())
-        readout = self._start.readout
-        self._readout = _Adam(readout.clone(), torch.full_like(readout, RATE * _size(readout)))
+        self._theta, self._readout = self._start.theta.clone(), self._start.readout.clone()
+        blocks = split_blocks(self._theta, objective.layout.blocks)  # views: steps move theta
+        self._weights = [*blocks, self._readout]
+        self._rates = [RATE * (_size(w) or w.shape[0] ** -0.5) for w in self._weights]
+        self._adam = torch.optim.Adam([{"params": w} for w in self._weights], 0, MOMENTS, FLOOR)
         self._batches = minibatches(objective.problem.batches)
         self._steps, self._began = 0, time.perf_counter()
 
@@ -122,7 +102,7 @@ class Stochastic:
             status = Status.INTERRUPTED
         if self._steps == 0:
             return Outcome(self._start, norm, status)
-        end = Point(self._objective, self._objective.features(self._theta.value))
+        end = Point(self._objective, self._objective.features(self._theta))
         if not end.value <= self._start.value:  # also where it is not a number
             return Outcome(self._start, norm, status)
         return Outcome(end, relative_gradient_norm(end), status)
@@ -130,7 +110,7 @@ class Stochastic:
     def _epoch(self) -> Status | None:
         """All mini-batches once, in random order."""
         self._run.iteration += 1
-        gradient, loss = torch.zeros_like(self._theta.value), 0.0
+        gradient, loss = torch.zeros_like(self._theta), 0.0
         for i in torch.randperm(len(self._batches), generator=self._generator).tolist():
             if self._run.out_of_time():
                 return Status.MAX_SECONDS
@@ -138,12 +118,12 @@ class Stochastic:
             gradient += part
             loss += value
         norm = self._metric.dual_norm(gradient) / self._objective.target_norm_squared
-        ridges = self._objective.ridge_value(self._theta.value, self._readout.value)
+        ridges = self._objective.ridge_value(self._theta, self._readout)
         return self._report(_Estimate(loss, loss + ridges), norm, "stochastic")
 
     def _step(self, batch: Batch) -> tuple[Tensor, float]:
         """One step; the gradient by ``theta`` and the loss that it was taken at."""
-        objective, theta, readout = self._objective, self._theta.value, self._readout.value
+        objective, theta, readout = self._objective, self._theta, self._readout
         features = Features(
             objective.problem,
             objective.model,
@@ -159,17 +139,25 @@ class Stochastic:
         objective.operations.projections += 3 * product(
             columns.shape[0], columns.shape[1], residual.shape[1]
         )
-        loss = float((weighted.double() * residual.double()).sum())
+        loss = float((weighted * residual).sum(dtype=torch.float64))
         share = float(batch.weights.sum()) / objective.problem.total_weight
         self._add_ridges(gradient, slope, share)
-        factor = self._factor()
-        self._theta.step(gradient, factor)
-        self._readout.step(slope, factor)
-        self._steps += 1
+        self._move(gradient, slope)
         # Shares of a pass over all rows, rounded once an epoch: forward and back.
         if self._steps % len(self._batches) == 0:
             objective.count_passes(2)
         return gradient, loss
+
+    def _move(self, gradient: Tensor, slope: Tensor) -> None:
+        """One Adam step along the gradients by ``theta`` and by the readout."""
+        gradients = [*split_blocks(gradient, self._objective.layout.blocks), slope]
+        factor = self._factor()
+        for weight, part, rate, group in zip(
+            self._weights, gradients, self._rates, self._adam.param_groups, strict=True
+        ):
+            weight.grad, group["lr"] = part, factor * rate
+        self._adam.step()
+        self._steps += 1
 
     def _factor(self) -> float:
         """Of the rate: warm-up, then a cosine to zero at the nearer bound."""
@@ -180,23 +168,14 @@ class Stochastic:
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
         return cosine * min(1.0, (self._steps + 1) / WARM_UP)
 
-    def _rates(self) -> Tensor:
-        """The rate of every entry of ``theta``; fan-in instead of the size of a zero block."""
-        rates = torch.empty_like(self._start.theta)
-        blocks = self._objective.layout.blocks
-        matrices = split_blocks(self._start.theta, blocks)
-        for out, matrix in zip(split_blocks(rates, blocks), matrices, strict=True):
-            out.fill_(RATE * (_size(matrix) or matrix.shape[0] ** -0.5))
-        return rates
-
     def _add_ridges(self, gradient: Tensor, slope: Tensor, share: float) -> None:
         ridge = self._objective.ridge
         if ridge is None:
             return
         pull = torch.zeros_like(gradient)
-        self._objective.add_ridge_gradient(self._theta.value - ridge.center, pull)
+        self._objective.add_ridge_gradient(self._theta - ridge.center, pull)
         gradient.add_(pull, alpha=share)
-        distance = (self._readout.value - ridge.readout_center).double()
+        distance = (self._readout - ridge.readout_center).double()
         slope.add_((ridge.readout @ distance).to(slope.dtype), alpha=2.0 * share)
 
     def _report(self, point: Point | _Estimate, norm: float, phase: str) -> Status | None:
