@@ -73,21 +73,35 @@ def show(summary: Mapping[str, Any], *, as_json: bool, quiet: bool = False) -> N
     if as_json:
         typer.echo(json.dumps(summary, indent=2, allow_nan=False))
     elif not quiet:
+        console = Console()
+        tables = {name: value for name, value in summary.items() if _is_table(value)}
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="bold", no_wrap=True)
         grid.add_column(overflow="fold")
         for name, value in summary.items():
-            grid.add_row(Text(name.replace("_", " ")), _cell(value))
-        Console().print(grid)
+            if name not in tables:
+                grid.add_row(Text(_words(name)), _cell(value))
+        console.print(grid)
+        for name, rows in tables.items():  # below, where they have the whole width
+            console.print(Text(f"\n{_words(name)}", style="bold"))
+            table = Table(box=None, pad_edge=False)
+            for column in rows[0]:
+                table.add_column(_words(column), overflow="fold")
+            for row in rows:
+                table.add_row(*map(_cell, row.values()))
+            console.print(table)
 
 
-def _cell(value: Any) -> Text | Table:
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _cell(value: Any) -> Text:
     """One value of a summary as rich shows it; names and paths are never read as markup."""
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        table = Table(*(name.replace("_", " ") for name in value[0]), box=None, pad_edge=False)
-        for row in value:
-            table.add_row(*map(_cell, row.values()))
-        return table
     if isinstance(value, Mapping):
         return Text("\n".join(f"{name}  {item}" for name, item in value.items()) or "none")
     if isinstance(value, list):
