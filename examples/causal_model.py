@@ -11,13 +11,16 @@ import sys
 
 from transformers import AutoModelForCausalLM
 
+from attnreg.transformers.adapters import adapter_for
+from attnreg.transformers.checkpoint import Checkpoint
 from attnreg.transformers.convert import convert
 from attnreg.transformers.plan import Plan, Setting
 from attnreg.transformers.task import Options, prepare
 
 
 def main(model: str, calibration: str, out: str) -> None:
-    kv_heads = prepare(model, Plan(), calibration, Options()).groups[0].original.kv_heads
+    config = Checkpoint.open(model).config
+    kv_heads = adapter_for(config).shape(config, 0).kv_heads
     plan = Plan(Setting(kv_heads=kv_heads // 2))
     task = prepare(model, plan, calibration, Options(max_iterations=10, refinements=1))
     done = convert(task, out, observer=lambda progress: print(progress, file=sys.stderr))

@@ -12,6 +12,8 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 import attnreg
+from attnreg.transformers.adapters import adapter_for
+from attnreg.transformers.checkpoint import Checkpoint
 from attnreg.transformers.convert import convert
 from attnreg.transformers.plan import Plan, Setting
 from attnreg.transformers.task import Options, prepare
@@ -21,13 +23,13 @@ SENTENCES = ["A cat sat on the mat.", "Gradient descent converges slowly.", "It 
 
 @torch.no_grad()
 def embed(model: torch.nn.Module, tokenizer: object) -> torch.Tensor:
-    batch = tokenizer(SENTENCES, padding=True, return_tensors="pt")
-    hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"][..., None]
-    return (hidden * mask).sum(1) / mask.sum(1)
+    found = [model.base_model(**tokenizer(text, return_tensors="pt"))[0] for text in SENTENCES]
+    return torch.stack([hidden[0].mean(0) for hidden in found])
 
 
 def main(model: str, calibration: str, out: str) -> None:
-    kv_heads = prepare(model, Plan(), calibration, Options()).groups[0].original.kv_heads
+    config = Checkpoint.open(model).config
+    kv_heads = adapter_for(config).shape(config, 0).kv_heads
     task = prepare(model, Plan(Setting(kv_heads=kv_heads // 3)), calibration, Options())
     print(f"held-out cosine: {convert(task, out).cosine:.4f}")
     tokenizer = AutoTokenizer.from_pretrained(model)
