@@ -43,5 +43,5 @@ def test_one_layer(tmp_path, text, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("starts: ")
     start, fit = (float(line.split()[-1]) for line in printed[-2:])
-    assert 0 < start
-    assert 0 < fit
+    assert start > 0
+    assert fit > 0
