@@ -8,6 +8,7 @@ import transformers
 from torch import nn
 
 from attnreg.transformers.adapters import adapter_for
+from attnreg.transformers.shapes import Sizes
 
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 V5 = VERSION >= (5, 0)
@@ -223,7 +224,7 @@ def exact(model: nn.Module) -> nn.Module:
 def shapes_of(model, **sizes):
     adapter = adapter_for(model.config)
     blocks = adapter.blocks(model)
-    return [adapter.shape(model.config, i, **sizes) for i in range(len(blocks))]
+    return [adapter.shape(model.config, i, Sizes(**sizes)) for i in range(len(blocks))]
 
 
 def write_random(model, shapes, seed=2):

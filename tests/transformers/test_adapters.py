@@ -9,7 +9,7 @@ import transformers
 
 from attnreg.models.rotary import Rotary
 from attnreg.transformers.adapters import Adapter, adapter_for, register
-from attnreg.transformers.shapes import AttentionShape
+from attnreg.transformers.shapes import AttentionShape, Sizes
 from tests.transformers.families import (
     AVAILABLE,
     GROUPED,
@@ -28,7 +28,7 @@ def config_of(kind, **values):
 
 def refused(config, match, **sizes):
     with pytest.raises(ValueError, match=match) as caught:
-        adapter_for(config).shape(config, 0, **sizes)
+        adapter_for(config).shape(config, 0, Sizes(**sizes))
     assert "\n" not in str(caught.value)
 
 
@@ -53,10 +53,10 @@ def test_a_student_shape_without_rotary_needs_no_configuration():
     config = config_of("Bert")
     shape = adapter_for(config).shape(config, 0)
     small = {"kv_heads": 2, "head_dim": 6}
-    assert shape.student(**small) == adapter_for(config).shape(config, 0, **small)
+    assert shape.student(**small) == adapter_for(config).shape(config, 0, Sizes(**small))
     llama = config_of("Llama")
     shape = adapter_for(llama).shape(llama, 0)
-    assert shape.student(kv_heads=1) == adapter_for(llama).shape(llama, 0, kv_heads=1)
+    assert shape.student(kv_heads=1) == adapter_for(llama).shape(llama, 0, Sizes(kv_heads=1))
     with pytest.raises(ValueError, match="rotary frequencies"):
         shape.student(head_dim=6)
 

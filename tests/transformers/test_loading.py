@@ -20,7 +20,7 @@ import attnreg.transformers
 from attnreg.transformers.adapters import adapter_for
 from attnreg.transformers.checkpoint import Checkpoint
 from attnreg.transformers.layers_file import LAYERS_FILE, layers_file, read_layers
-from attnreg.transformers.shapes import AttentionShape
+from attnreg.transformers.shapes import AttentionShape, Sizes
 from attnreg.transformers.writing import write_folder
 from tests.transformers.folders import BUILDERS, DTYPES, by_transformers, edit_json, outputs, save
 
@@ -39,7 +39,7 @@ def convert(family: str, root: Path, dtype: torch.dtype = torch.float32) -> tupl
     adapter = adapter_for(checkpoint.config)
     model: Any = by_transformers(checkpoint.folder, dtype)
     shapes = [
-        adapter.shape(checkpoint.config, layer, **sizes)
+        adapter.shape(checkpoint.config, layer, Sizes(**sizes))
         for layer, sizes in enumerate(SIZES[family])
     ]
     for block, shape in dict(zip(adapter.blocks(model), shapes, strict=True)).items():

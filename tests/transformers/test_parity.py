@@ -7,6 +7,7 @@ import torch
 
 import attnreg
 from attnreg.transformers.adapters import adapter_for
+from attnreg.transformers.shapes import Sizes
 from tests.transformers.families import (
     AVAILABLE,
     STUDENTS,
@@ -112,7 +113,7 @@ def test_layers_of_different_sizes_and_back(family):
     shared = family == "albert"
     for names in (["head_dim", "all"], ["grouped", "head_dim"]):
         sizes = [STUDENTS[names[0 if shared else i % 2]] for i in range(len(original))]
-        shapes = [adapter.shape(model.config, i, **s) for i, s in enumerate(sizes)]
+        shapes = [adapter.shape(model.config, i, Sizes(**s)) for i, s in enumerate(sizes)]
         write_random(model, shapes)
         assert_computes(model, shapes, torch.float32)
         clone = copy.deepcopy(model)

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from attnreg.transformers.adapters import NotExpressible, adapter_for
+from attnreg.transformers.shapes import Sizes
 from tests.transformers.families import (
     AVAILABLE,
     STUDENTS,
@@ -82,6 +83,6 @@ def test_families_without_sizes_of_their_own(family, student):
 def test_layers_of_different_sizes_are_not_expressible(family):
     config = AVAILABLE[family].make().config
     adapter = adapter_for(config)
-    shapes = [adapter.shape(config, 0), adapter.shape(config, 1, kv_heads=1)]
+    shapes = [adapter.shape(config, 0), adapter.shape(config, 1, Sizes(kv_heads=1))]
     with pytest.raises(NotExpressible, match="one shape for all layers"):
         adapter.student_config(config, shapes)

@@ -17,37 +17,19 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from attnreg.transformers.adapters import Adapter
-from attnreg.transformers.shapes import AttentionShape
+from attnreg.transformers.shapes import AttentionShape, Sizes
 
 KEYS = ("kv_heads", "heads", "head_dim")
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Sizes of a student's layer; None: those of the original.
-
-    Attributes:
-        kv_heads: Key/value heads.
-        heads: Query heads.
-        head_dim: Width of a head.
-    """
-
-    kv_heads: int | None = None
-    heads: int | None = None
-    head_dim: int | None = None
-
-    def __str__(self) -> str:
-        given = (f"{name}={value}" for name, value in self.given().items())
-        return ", ".join(given) or "unchanged"
-
-    def given(self) -> dict[str, int]:
-        """The sizes that are given, by name."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+class Setting(Sizes):
+    """Sizes of a student's layer as a plan has them."""
 
     def student(
         self, adapter: Adapter, config: Any, layer: int, shape: AttentionShape
@@ -72,10 +54,8 @@ class Setting:
                     f"{name} = {value} was given, the original has {getattr(shape, name)}: "
                     "expected a smaller number"
                 )
-        sizes = {name: getattr(shape, name) for name in KEYS} | self.given()
-        if all(getattr(shape, name) == value for name, value in sizes.items()):
-            return shape
-        return adapter.shape(config, layer, **sizes)
+        sizes = replace(shape.sizes, **self.given())
+        return shape if sizes == shape.sizes else adapter.shape(config, layer, sizes)
 
     @classmethod
     def of(cls, values: Mapping[str, Any], where: str) -> Setting:

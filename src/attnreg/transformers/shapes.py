@@ -15,6 +15,32 @@ BIASES = ("query", "key", "value", "output")
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """What a student's layer may have less of; None: as the original.
+
+    Attributes:
+        kv_heads: Key/value heads.
+        heads: Query heads.
+        head_dim: Width of a head.
+    """
+
+    kv_heads: int | None = None
+    heads: int | None = None
+    head_dim: int | None = None
+
+    def __str__(self) -> str:
+        given = (f"{name}={value}" for name, value in self.given().items())
+        return ", ".join(given) or "unchanged"
+
+    def given(self) -> dict[str, int]:
+        """The sizes that are given, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+ORIGINAL = Sizes()
+
+
+@dataclass(frozen=True)
 class AttentionShape:
     """One attention layer of a model.
 
@@ -56,6 +82,11 @@ class AttentionShape:
         if unknown:
             raise ValueError(f"biases {sorted(unknown)} are unknown; expected some of {BIASES}")
 
+    @property
+    def sizes(self) -> Sizes:
+        """Its sizes, all given."""
+        return Sizes(self.kv_heads, self.heads, self.head_dim)
+
     def student(
         self,
         kv_heads: int | None = None,
@@ -81,7 +112,7 @@ class AttentionShape:
         if self.rotary is not None and size != self.head_dim and rotary is None:
             raise ValueError(
                 f"head_dim {self.head_dim} -> {size} changes the rotary frequencies: give "
-                "`rotary`, or take the shape from Adapter.shape(config, layer, head_dim=...)"
+                "`rotary`, or take the shape from Adapter.shape"
             )
         follows = math.isclose(self.scale, self.head_dim**-0.5, rel_tol=1e-12)
         return replace(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from attnreg.transformers.adapters.base import Adapter, register
 from attnreg.transformers.adapters.bert import encoder_shape, write_encoder
 from attnreg.transformers.adapters.modules import put_linear, read_linear, unchanged_config
-from attnreg.transformers.shapes import AttentionShape
+from attnreg.transformers.shapes import ORIGINAL, AttentionShape, Sizes
 
 _PROJECTIONS = {"query": "Q", "key": "K", "value": "V", "dense": "O"}
 
@@ -36,17 +36,9 @@ class AlbertAdapter(Adapter):
         """The query and the output projection."""
         return block.attention.query, block.attention.dense
 
-    def shape(
-        self,
-        config: Any,
-        layer: int,
-        *,
-        kv_heads: int | None = None,
-        heads: int | None = None,
-        head_dim: int | None = None,
-    ) -> AttentionShape:
+    def shape(self, config: Any, layer: int, sizes: Sizes = ORIGINAL) -> AttentionShape:
         """See :meth:`Adapter.shape`."""
-        return encoder_shape(config, kv_heads, heads, head_dim)
+        return encoder_shape(config, sizes)
 
     def read(self, block: Any) -> dict[str, Tensor]:
         """Copies of the weights."""

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from attnreg.transformers.shapes import AttentionShape
+from attnreg.transformers.shapes import ORIGINAL, AttentionShape, Sizes
 
 
 class Adapter(ABC):
@@ -50,15 +50,7 @@ class Adapter(ABC):
         """
 
     @abstractmethod
-    def shape(
-        self,
-        config: Any,
-        layer: int,
-        *,
-        kv_heads: int | None = None,
-        heads: int | None = None,
-        head_dim: int | None = None,
-    ) -> AttentionShape:
+    def shape(self, config: Any, layer: int, sizes: Sizes = ORIGINAL) -> AttentionShape:
         """The shape of a layer, from the configuration alone; with sizes, that of a student.
 
         The scale and the rotary frequencies are those that transformers derives for the sizes.

@@ -17,7 +17,7 @@ from attnreg.transformers.adapters.modules import (
     read_linear,
     unchanged_config,
 )
-from attnreg.transformers.shapes import BIASES, AttentionShape
+from attnreg.transformers.shapes import BIASES, ORIGINAL, AttentionShape, Sizes
 
 
 @register
@@ -38,17 +38,9 @@ class BertAdapter(Adapter):
         """The query and the output projection."""
         return block.attention.self.query, block.attention.output.dense
 
-    def shape(
-        self,
-        config: Any,
-        layer: int,
-        *,
-        kv_heads: int | None = None,
-        heads: int | None = None,
-        head_dim: int | None = None,
-    ) -> AttentionShape:
+    def shape(self, config: Any, layer: int, sizes: Sizes = ORIGINAL) -> AttentionShape:
         """See :meth:`Adapter.shape`."""
-        return encoder_shape(config, kv_heads, heads, head_dim)
+        return encoder_shape(config, sizes)
 
     def read(self, block: Any) -> dict[str, Tensor]:
         """Copies of the weights."""
@@ -68,9 +60,7 @@ class BertAdapter(Adapter):
         return unchanged_config(self, config, shapes)
 
 
-def encoder_shape(
-    config: Any, kv_heads: int | None, heads: int | None, head_dim: int | None
-) -> AttentionShape:
+def encoder_shape(config: Any, sizes: Sizes) -> AttentionShape:
     """The shape of BERT's attention: biases, full heads, no positions in the attention.
 
     Returns:
@@ -93,12 +83,16 @@ def encoder_shape(
         raise ValueError(
             f"{config.num_attention_heads} heads do not divide the width {config.hidden_size}"
         )
-    full = config.num_attention_heads if heads is None else heads
-    size = config.hidden_size // config.num_attention_heads if head_dim is None else head_dim
+    full = config.num_attention_heads if sizes.heads is None else sizes.heads
+    size = (
+        config.hidden_size // config.num_attention_heads
+        if sizes.head_dim is None
+        else sizes.head_dim
+    )
     return AttentionShape(
         width=config.hidden_size,
         heads=full,
-        kv_heads=full if kv_heads is None else kv_heads,
+        kv_heads=full if sizes.kv_heads is None else sizes.kv_heads,
         head_dim=size,
         scale=size**-0.5,
         causal=bool(getattr(config, "is_decoder", False)),

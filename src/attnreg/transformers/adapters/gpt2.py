@@ -19,7 +19,7 @@ from attnreg.transformers.adapters.modules import (
     exchange,
     unchanged_config,
 )
-from attnreg.transformers.shapes import BIASES, AttentionShape
+from attnreg.transformers.shapes import BIASES, ORIGINAL, AttentionShape, Sizes
 
 
 @register
@@ -40,15 +40,7 @@ class GPT2Adapter(Adapter):
         """The fused and the output projection."""
         return block.attn.c_attn, block.attn.c_proj
 
-    def shape(
-        self,
-        config: Any,
-        layer: int,
-        *,
-        kv_heads: int | None = None,
-        heads: int | None = None,
-        head_dim: int | None = None,
-    ) -> AttentionShape:
+    def shape(self, config: Any, layer: int, sizes: Sizes = ORIGINAL) -> AttentionShape:
         """See :meth:`Adapter.shape`."""
         if getattr(config, "add_cross_attention", False):
             raise ValueError(
@@ -65,13 +57,13 @@ class GPT2Adapter(Adapter):
         width, full = config.hidden_size, config.num_attention_heads
         if width % full:
             raise ValueError(f"{full} heads do not divide the width {width}")
-        size = width // full if head_dim is None else head_dim
+        size = width // full if sizes.head_dim is None else sizes.head_dim
         scale = size**-0.5 if config.scale_attn_weights else 1.0
-        full = full if heads is None else heads
+        full = full if sizes.heads is None else sizes.heads
         return AttentionShape(
             width=width,
             heads=full,
-            kv_heads=full if kv_heads is None else kv_heads,
+            kv_heads=full if sizes.kv_heads is None else sizes.kv_heads,
             head_dim=size,
             scale=scale / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scale,
             causal=True,
@@ -97,9 +89,7 @@ class GPT2Adapter(Adapter):
         derived = self.shape(
             attention.config,
             attention.layer_idx,
-            kv_heads=shape.kv_heads,
-            heads=shape.heads,
-            head_dim=shape.head_dim,
+            shape.sizes,
         )
         check_sizes_only(shape, derived)
         check_weights(weights, shape)

@@ -23,7 +23,7 @@ from attnreg.transformers.adapters.modules import (
     read_linear,
     uniform,
 )
-from attnreg.transformers.shapes import BIASES, AttentionShape
+from attnreg.transformers.shapes import BIASES, ORIGINAL, AttentionShape, Sizes
 
 _NAMES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 _PROJECTIONS = {"q_proj": "Q", "k_proj": "K", "v_proj": "V", "o_proj": "O"}
@@ -47,26 +47,18 @@ class LlamaAdapter(Adapter):
         """The query and the output projection."""
         return block.self_attn.q_proj, block.self_attn.o_proj
 
-    def shape(
-        self,
-        config: Any,
-        layer: int,
-        *,
-        kv_heads: int | None = None,
-        heads: int | None = None,
-        head_dim: int | None = None,
-    ) -> AttentionShape:
+    def shape(self, config: Any, layer: int, sizes: Sizes = ORIGINAL) -> AttentionShape:
         """See :meth:`Adapter.shape`."""
         if VERSION < (5, 0) and (getattr(config, "pretraining_tp", None) or 1) > 1:
             raise ValueError(
                 f"pretraining_tp {config.pretraining_tp} cuts the projections into slices: set it "
                 "to 1, which computes the same"
             )
-        size = _head_dim(config) if head_dim is None else head_dim
+        size = _head_dim(config) if sizes.head_dim is None else sizes.head_dim
         return AttentionShape(
             width=config.hidden_size,
-            heads=config.num_attention_heads if heads is None else heads,
-            kv_heads=config.num_key_value_heads if kv_heads is None else kv_heads,
+            heads=config.num_attention_heads if sizes.heads is None else sizes.heads,
+            kv_heads=config.num_key_value_heads if sizes.kv_heads is None else sizes.kv_heads,
             head_dim=size,
             scale=size**-0.5,
             causal=True,
@@ -93,9 +85,7 @@ class LlamaAdapter(Adapter):
         derived = self.shape(
             attention.config,
             attention.layer_idx,
-            kv_heads=shape.kv_heads,
-            heads=shape.heads,
-            head_dim=shape.head_dim,
+            shape.sizes,
         )
         check_sizes_only(shape, derived)
         check_weights(weights, shape)
