@@ -173,7 +173,7 @@ def row(
     options = Options(
         max_iterations=10**6,
         max_seconds=seconds * layers if ours else None,
-        refinements=0,
+        final_steps=0,
     )
     task = prepare(
         str(folder), Plan(Setting(**STUDENTS[student])), str(folder / "calibration.txt"), options

@@ -22,7 +22,7 @@ def main(model: str, calibration: str, out: str) -> None:
     config = Checkpoint.open(model).config
     kv_heads = adapter_for(config).shape(config, 0).kv_heads
     plan = Plan(Setting(kv_heads=kv_heads // 2))
-    task = prepare(model, plan, calibration, Options(max_iterations=10, refinements=1))
+    task = prepare(model, plan, calibration, Options(max_iterations=10, final_steps=100))
     done = convert(task, out, observer=lambda progress: print(progress, file=sys.stderr))
     print(f"excess on held-out text: {done.excess:.4f} nats per token")
     if task.obstacle is None:

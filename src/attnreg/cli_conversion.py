@@ -47,11 +47,15 @@ Window = Annotated[
 ]
 Tokens = Annotated[int | None, typer.Option(min=1, help="Calibration tokens at most.")]
 HeldOut = Annotated[float, typer.Option(help="Share of the documents that is held out.")]
-Refinements = Annotated[int, typer.Option(min=0, help="Passes after the first.")]
+FinalSteps = Annotated[
+    int, typer.Option(min=0, help="Steps of the final pass over the whole model; 0: none.")
+]
 MaxIterations = Annotated[int, typer.Option(min=0, help="Bound on the iterations of each fit.")]
 MaxSeconds = Annotated[
     float | None,
-    typer.Option(help="Bound on the time of all fits together; the result then depends on it."),
+    typer.Option(
+        help="Bound on the time of all fits and the final pass; the result then depends on it."
+    ),
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the fits.")]
 Dtype = Annotated[
@@ -113,7 +117,7 @@ def compress_command(
     window: Window = None,
     tokens: Tokens = None,
     held_out: HeldOut = 0.1,
-    refinements: Refinements = 0,
+    final_steps: FinalSteps = 400,
     max_iterations: MaxIterations = 30,
     max_seconds: MaxSeconds = None,
     seed: Seed = 0,
@@ -128,7 +132,8 @@ def compress_command(
 ) -> None:
     """Convert a model to fewer key/value heads, fewer heads or narrower heads.
 
-    Every layer is fitted in turn to the outputs of the original. The result is an ordinary model
+    Every layer is fitted in turn to the outputs of the original; then all of them together take the
+    steps of the final pass, towards what the original predicts. The result is an ordinary model
     folder with a model card; where no configuration of transformers can describe it, it loads with
     attnreg.load and says so. After a kill the same command goes on from what is in DIR.partial;
     with the number of iterations as the only bound the folder is then the same to the byte (same
@@ -145,7 +150,7 @@ def compress_command(
         window=window,
         tokens=tokens,
         held_out=held_out,
-        refinements=refinements,
+        final_steps=final_steps,
         max_iterations=max_iterations,
         max_seconds=max_seconds,
         seed=seed,
@@ -286,7 +291,8 @@ def _convert(task: Task, out: Path, restart: bool, command: str, live: bool) -> 
     from attnreg.transformers.convert import convert, partial_folder
     from attnreg.transformers.display import ConversionDisplay
 
-    with ConversionDisplay(task.options.max_iterations, enabled=live) as display:
+    options = task.options
+    with ConversionDisplay(options.max_iterations, options.final_steps, enabled=live) as display:
         try:
             return convert(task, out, restart=restart, command=command, observer=display.update)
         except KeyboardInterrupt:

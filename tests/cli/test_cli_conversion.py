@@ -10,7 +10,7 @@ import torch
 from tests.transformers.folders import edit_json
 from tests.transformers.texts import contents, model_folder, write_text
 
-QUICK = ("--window", 16, "--max-iterations", 1, "--refinements", 0, "--held-out", 0.2)
+QUICK = ("--window", 16, "--max-iterations", 1, "--final-steps", 0, "--held-out", 0.2)
 COMPRESS = ("compress", "llama", "--calibration", "text.txt", *QUICK)
 PLAN = ("plan", "llama", "--calibration", "text.txt", "--window", 16, "--held-out", 0.2)
 

@@ -28,7 +28,7 @@ def models(made, folder):
 
 
 def test_evaluate(run, models):
-    quick = ("--max-iterations", 0, "--refinements", 0, "--window", 16, "--held-out", 0.2)
+    quick = ("--max-iterations", 0, "--final-steps", 0, "--window", 16, "--held-out", 0.2)
     compress = ("compress", "llama", "--calibration", "text.txt", *quick, "--kv-heads", 1)
     assert run(*compress, "--out", "small", "--quiet")[0] == 0
     code, out, err = run("evaluate", "llama", "small", *TEXT, "--max-tokens", 200, "--json")

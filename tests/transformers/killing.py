@@ -21,7 +21,7 @@ from attnreg.transformers.plan import Plan, Setting
 from attnreg.transformers.task import Options, prepare
 from tests.transformers.texts import contents
 
-OPTIONS = Options(window=16, max_iterations=2, held_out=0.2)
+OPTIONS = Options(window=16, max_iterations=2, held_out=0.2, final_steps=16)
 
 
 def fork(root, out, flushes=None):

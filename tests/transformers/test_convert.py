@@ -17,7 +17,7 @@ from attnreg.transformers.task import Options, prepare
 from tests.transformers.folders import by_transformers
 from tests.transformers.texts import contents, model_folder, write_text
 
-QUICK = Options(window=16, max_iterations=2, held_out=0.2)
+QUICK = Options(window=16, max_iterations=2, held_out=0.2, final_steps=0)
 STUDENTS = {  # GPT-2, BERT and ALBERT have no key/value heads of their own
     "llama": Setting(kv_heads=1),
     "gpt2": Setting(kv_heads=2),
@@ -69,7 +69,7 @@ def states(model, windows):
 
 @pytest.mark.parametrize("family", list(STUDENTS))
 def test_the_report_is_true_of_the_folder(root, tmp_path, family):
-    task = task_of(root, family, replace(QUICK, refinements=0))
+    task = task_of(root, family)
     conversion = convert(task, tmp_path / "out")
     report = conversion.report
     assert not partial_folder(tmp_path / "out").exists()
@@ -84,7 +84,7 @@ def test_the_report_is_true_of_the_folder(root, tmp_path, family):
     before, after = states(original, task.held_out), states(student, task.held_out)
     for layer in report["layers"]:
         if len(layer["layers"]) > 1:
-            continue  # ALBERT's first pass is on the original's inputs: see below
+            continue  # ALBERT's fit is on the original's inputs: see below
         (number,) = layer["layers"]
         drift = before[number][0] - after[number][0]
         target, output = before[number][2] + drift, after[number][2]
@@ -131,7 +131,7 @@ def pooled(model, windows):
 
 
 def test_a_block_applied_many_times_is_one_fit_on_the_originals_inputs(root, tmp_path):
-    task = task_of(root, "albert", replace(QUICK, refinements=0))
+    task = task_of(root, "albert")
     (layer,) = convert(task, tmp_path / "out").report["layers"]
     assert layer["layers"] == [0, 1, 2]
     original = by_transformers(root / "albert", torch.float32)
@@ -149,21 +149,6 @@ def test_a_block_applied_many_times_is_one_fit_on_the_originals_inputs(root, tmp
     target = torch.cat([one[2] for one in before])
     error = (torch.cat(outputs).double() - target).norm() / (target - target.mean(0)).norm()
     assert layer["held_out_error"] == pytest.approx(float(error), rel=1e-4)
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
-def test_a_refining_pass_aims_at_the_residual_stream(root, tmp_path, family):
-    task = task_of(root, family)
-    report = convert(task, tmp_path / "out").report
-    original = by_transformers(root / family, torch.float32)
-    before = states(original, task.held_out)
-    after = states(load(tmp_path / "out"), task.held_out)
-    for layer in report["layers"]:
-        (number,) = layer["layers"]
-        target = before[number][2] + before[number][0] - after[number][0]
-        error = (after[number][2] - target).norm() / (target - target.mean(0)).norm()
-        assert layer["held_out_error"] == pytest.approx(float(error), rel=1e-4)
-        assert layer["held_out_error"] <= layer["start_error"]
 
 
 PLAIN = """
@@ -222,7 +207,7 @@ def test_a_conversion_goes_on_from_any_fit(root, tmp_path, family):
     convert(task_of(root, family), tmp_path / "whole" / "out")
     (tmp_path / "parts").mkdir()
     out = tmp_path / "parts" / "out"
-    total = sum(group.changed for group in task_of(root, family).groups) * 2
+    total = sum(group.changed for group in task_of(root, family).groups)
     seen = []
     for fits in range(total):
         with pytest.raises(Killed):
@@ -234,18 +219,19 @@ def test_a_conversion_goes_on_from_any_fit(root, tmp_path, family):
     assert contents(tmp_path / "whole") == contents(tmp_path / "parts")
 
 
-@pytest.mark.parametrize("piece", ["pass0-layer1", "pass1-layer0"])
+@pytest.mark.parametrize("piece", ["layer1", "final-state"])
 def test_a_damaged_piece_is_done_again_and_said(root, tmp_path, piece):
+    options = replace(QUICK, final_steps=8)
     (tmp_path / "whole").mkdir()
-    convert(task_of(root), tmp_path / "whole" / "out")
+    convert(task_of(root, options=options), tmp_path / "whole" / "out")
     (tmp_path / "parts").mkdir()
     out = tmp_path / "parts" / "out"
     with pytest.raises(Killed):
-        convert(task_of(root), out, observer=killed_after(5))
+        convert(task_of(root, options=options), out, observer=killed_after(3, 5))
     path = partial_folder(out) / f"{piece}.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    conversion = convert(task_of(root), out)
+    conversion = convert(task_of(root, options=options), out)
     assert conversion.notes == (
         f"{piece}.safetensors of the journal is damaged: this piece is done again",
     )
@@ -296,7 +282,7 @@ def test_chosen_layers_and_a_plan_by_layer(root, tmp_path):
 def test_half_precision_and_shards_stay(tmp_path, dtype):
     source = model_folder("llama", tmp_path / "model", dtype, shard="10KB")
     text = write_text(tmp_path / "text.txt")
-    task = prepare(source, Plan(Setting(kv_heads=1)), text, replace(QUICK, refinements=0))
+    task = prepare(source, Plan(Setting(kv_heads=1)), text, QUICK)
     report = convert(task, tmp_path / "out").report
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     student = load(tmp_path / "out")
@@ -307,7 +293,7 @@ def test_half_precision_and_shards_stay(tmp_path, dtype):
 
 
 def test_another_dtype(root, tmp_path):
-    task = task_of(root, options=replace(QUICK, dtype="bfloat16", refinements=0))
+    task = task_of(root, options=replace(QUICK, dtype="bfloat16"))
     report = convert(task, tmp_path / "out").report
     assert {p.dtype for p in load(tmp_path / "out").parameters()} == {torch.bfloat16}
     cache = report["before"]["kv_bytes_per_token"], report["after"]["kv_bytes_per_token"]

@@ -20,6 +20,7 @@ def build_report(
     digest: str,
     command: str,
     records: Sequence[Mapping[str, Any]],
+    final: Mapping[str, Any] | None,
     scores: Mapping[str, float],
 ) -> dict[str, Any]:
     """What a conversion came to, as JSON holds it.
@@ -30,6 +31,7 @@ def build_report(
         digest: Their digest.
         command: The command line.
         records: One for each fitted block, with ``layers`` and the errors.
+        final: The record of the final pass; None: there was none.
         scores: ``before`` and ``after``, nats a held-out token; or ``cosine``.
 
     Returns:
@@ -72,6 +74,7 @@ def build_report(
         "before": before,
         "after": after,
         "layers": layers,
+        "final_pass": None if final is None else dict(final),
     }
 
 
@@ -107,7 +110,7 @@ def model_card(report: Mapping[str, Any]) -> str:
     ]
     layers = [
         f"| {', '.join(map(str, layer['layers']))} | {_sizes(layer['original'])} "
-        f"| {_sizes(layer['student'])} | {layer['first_start']} "
+        f"| {_sizes(layer['student'])} | {layer['start']} "
         f"| {layer['start_error']:.4f} | {layer['held_out_error']:.4f} |"
         for layer in report["layers"]
     ]
@@ -134,12 +137,13 @@ def model_card(report: Mapping[str, Any]) -> str:
         "## Layers",
         "",
         "Sizes are query heads / key/value heads / width of a head. Errors are relative errors of "
-        "the attention's output on held-out text, on the student's own inputs: of the weights that "
-        "the last pass began with, and of those that it ended with.",
+        "the attention's output on held-out text, on the student's own inputs: of the start, and "
+        "of the fit.",
         "",
-        "| layer | original | student | start | error before the last pass | error |",
+        "| layer | original | student | start | error of the start | error of the fit |",
         "|---|---|---|---|---|---|",
         *layers,
+        *_final(report["final_pass"]),
         "",
         "## How it was made",
         "",
@@ -176,6 +180,17 @@ def _loading(report: Mapping[str, Any]) -> list[str]:
         "",
         "    import attnreg",
         '    model = attnreg.load("this folder")',
+    ]
+
+
+def _final(record: Mapping[str, Any] | None) -> list[str]:
+    if record is None:
+        return []
+    return [
+        "",
+        f"After the fits all layers together took {record['steps']} steps towards what the "
+        f"original predicts: held-out loss {record['start_loss']:.4f} before, "
+        f"{record['held_out_loss']:.4f} at step {record['best_step']}, whose weights these are.",
     ]
 
 

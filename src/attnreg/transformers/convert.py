@@ -1,11 +1,11 @@
 """Converts a model to smaller attention layers, one layer after another.
 
-Every pass goes through the layers in order. Each is fitted on the inputs that the student itself
-gives it, so that it makes up for what the layers before it lost. Its targets hold the drift of the
-residual stream too: what the original adds to its hidden states plus what the student's hidden
-states lack (measured: a lower loss than the original's outputs alone, at equal work). A refining
-pass starts from the weights found. A block that the model applies several times (ALBERT) is one fit
-over all its applications, in the first pass on the original's inputs and outputs.
+The layers are fitted in order, each on the inputs that the student itself gives it, so that it
+makes up for what the layers before it lost. Its targets hold the drift of the residual stream too:
+what the original adds to its hidden states plus what the student's hidden states lack (measured: a
+lower loss than the original's outputs alone, at equal work). A block that the model applies several
+times (ALBERT) is one fit over all its applications, on the original's inputs and outputs. Then
+all layers together take the steps of the final pass (:mod:`attnreg.transformers.final_pass`).
 
 Finished fits are in the journal (:mod:`attnreg.transformers.journal`). Hidden states are not: after
 a kill they are computed again by the same steps, so that a run bounded by iterations ends with the
@@ -15,25 +15,30 @@ same folder to the byte, on one machine with one number of threads.
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from attnreg.problem import AttentionProblem
 from attnreg.transformers.card import REPORT, build_report, model_card
+from attnreg.transformers.final_pass import Refinement
 from attnreg.transformers.journal import Journal
-from attnreg.transformers.layer_fit import LayerFit, fit_layer
+from attnreg.transformers.layer_fit import LayerFit, fit_layer, layer_problem
 from attnreg.transformers.layers_file import LAYERS_FILE, layers_file
-from attnreg.transformers.shapes import AttentionShape
 from attnreg.transformers.streaming import Blockwise
-from attnreg.transformers.task import Group, Task, check_out, multi_head
+from attnreg.transformers.task import Group, Options, Task, check_out, multi_head
 from attnreg.transformers.writing import write_folder
+
+FINAL = "final"
+"""Name in the journal of the final pass's result."""
+
+FIT_SHARE = 0.3
+"""Share of the fits in the time of a conversion with a final pass: measured, see
+``benchmarks/conversion.py``."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +46,17 @@ class Progress:
     """Where a conversion is.
 
     Attributes:
-        done: Fits that are finished.
+        done: Fits that are finished; the final pass counts as one.
         total: Fits in all.
-        sweep: Number of the pass, from 0.
-        layers: Layers that are fitted now.
-        error: Held-out relative error of the fit that has just finished; None: it has begun.
-        iteration: Iteration of the running fit, and its relative error.
+        layers: Layers that are fitted now; empty: the final pass.
+        error: What it ended with: held-out relative error of the fit, or held-out loss of the final
+            pass; None: it has not ended.
+        iteration: Iteration of the running fit and its relative error, or step of the final pass
+            and the loss of its mini-batch.
     """
 
     done: int
     total: int
-    sweep: int
     layers: tuple[int, ...]
     error: float | None = None
     iteration: tuple[int, float] | None = None
@@ -128,7 +133,9 @@ def convert(
         if finished is None:
             run = _Run(task, journal, observer)
             weights, records, scores = run.whole()
-            finished = build_report(task, settings, journal.digest, command, records, scores)
+            finished = build_report(
+                task, settings, journal.digest, command, records, run.final, scores
+            )
             extra = {
                 "README.md": model_card(finished).encode(),
                 REPORT: (json.dumps(finished, indent=1, allow_nan=False) + "\n").encode(),
@@ -152,18 +159,19 @@ def partial_folder(out: Path) -> Path:
 
 @dataclass
 class _Run:
-    """The passes of one conversion."""
+    """The fits and the final pass of one conversion."""
 
     task: Task
     journal: Journal
     observer: Observer | None
     done: int = 0
-    total: int = field(init=False)
+    final: dict[str, Any] | None = None
+    changed: list[Group] = field(init=False)
     runner: Blockwise = field(init=False)
 
     def __post_init__(self) -> None:
         task = self.task
-        self.total = sum(group.changed for group in task.groups) * self.sweeps
+        self.changed = [group for group in task.groups if group.changed]
         self.runner = Blockwise(
             task.checkpoint,
             [*task.fit.ids, *task.held_out.ids],
@@ -172,149 +180,174 @@ class _Run:
         )
 
     @property
-    def sweeps(self) -> int:
-        return 1 + self.task.options.refinements
+    def total(self) -> int:
+        """Fits, and the final pass."""
+        return len(self.changed) + bool(self.task.options.final_steps)
 
     def whole(
         self,
     ) -> tuple[dict[str, dict[str, Tensor]], list[dict[str, Any]], dict[str, float]]:
-        """All passes.
+        """All fits and the final pass.
 
         Returns:
-            Weights by block, the records of the last fits, and the scores.
+            Weights by block, the records of the fits, and the scores.
+        """
+        original = student = self.runner.start()
+        for group in self.task.groups:
+            original, student = self.advance(group, original, student)
+        pieces = {group.block: self.kept(_piece(group)) for group in self.changed}
+        weights = {block: found for block, (found, _) in pieces.items()}
+        records = [
+            {"layers": list(group.applications), **pieces[group.block][1]} for group in self.changed
+        ]
+        if self.changed and self.task.options.final_steps:
+            weights, student = self.refined(weights, original)
+        return weights, records, self.scores(original, student)
+
+    def kept(self, piece: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """A piece that was written before, its tensors on the device.
+
+        Returns:
+            Its tensors and its record.
 
         Raises:
-            OSError: If another program changes the journal meanwhile.
+            OSError: If another program changed the journal meanwhile.
         """
-        changed = [group for group in self.task.groups if group.changed]
-        for sweep in range(self.sweeps):
-            last = sweep == self.sweeps - 1
-            if last or any(self.journal.read(_piece(sweep, group)) is None for group in changed):
-                ends = self.sweep(sweep)
-            else:
-                self.done += len(changed)
-        weights, records = {}, []
-        for group in changed:
-            found = self.journal.read(_piece(self.sweeps - 1, group))
-            if found is None:
-                raise OSError(f"{self.journal.folder} was changed while the conversion ran")
-            weights[group.block], record = found
-            first = self.journal.read(_piece(0, group))
-            begun = record if first is None else first[1]
-            extra = {"layers": list(group.applications), "first_start": begun["start"]}
-            records.append({**extra, **record, "tried": begun["tried"]})
-        return weights, records, self.scores(*ends)
+        found = self.journal.read(piece)
+        if found is None:
+            raise OSError(f"{self.journal.folder} was changed while the conversion ran")
+        return {name: value.to(self.runner.device) for name, value in found[0].items()}, found[1]
 
-    def sweep(self, sweep: int) -> tuple[Tensor, Tensor]:
-        """One pass over the layers.
+    # ------------------------------------------------------------------ fits
+
+    def advance(self, group: Group, original: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+        """Fits a block unless the journal has it, and applies it.
 
         Returns:
-            Hidden states of the original and of the student after the last block.
+            Hidden states of the original and of the student after it.
         """
-        original = self.runner.start()
-        student = original.clone()
-        for group in self.task.groups:
-            original, student = self.advance(sweep, group, original, student)
-        return original, student
-
-    def advance(
-        self, sweep: int, group: Group, original: Tensor, student: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Fits a block unless the journal has it, and applies it."""
         runner, adapter = self.runner, self.task.adapter
         block = runner.block(group.block)
         weights = {name: value.float() for name, value in adapter.read(block).items()}
-        found = self.journal.read(_piece(sweep, group)) if group.changed else None
-        fitting = group.changed and found is None
-        seen, outputs, before = [], [], []
+        fitting = group.changed and self.journal.read(_piece(group)) is None
+        seen, targets, before = [], [], original
         for application in group.applications:
-            before.append(original)
             original, given, output = runner.apply(application, block, original, attention=fitting)
             if given is not None and output is not None:
                 seen.append(given)
-                outputs.append(output)
+                targets.append(output)
         if fitting:
-            start = self.start_of(sweep, group)
-            if sweep > 0 or len(group.applications) == 1:
-                seen, outputs = self.students_view(group, student, start, before, outputs)
-            fitted = self.fitted(sweep, group, weights, start, seen, outputs)
-            self.journal.write(_piece(sweep, group), fitted.weights, fitted.record())
-            found = self.journal.read(_piece(sweep, group))
+            if len(group.applications) == 1:
+                seen = [runner.attention_input(group.applications[0], block, student)]
+                targets[0] += before - student
+            fitted = self.fitted(group, weights, seen, targets)
+            self.journal.write(_piece(group), fitted.weights, fitted.record())
         if group.changed:
-            assert found is not None
-            adapter.write(block, _on(found[0], runner.device), group.student)
+            found, record = self.kept(_piece(group))
+            adapter.write(block, found, group.student)
             self.done += 1
-            self.report(sweep, group, error=found[1]["held_out_error"])
+            self.report(group.applications, error=record["held_out_error"])
         for application in group.applications:
             student, *_ = runner.apply(application, block, student)
         return original, student
 
-    def start_of(self, sweep: int, group: Group) -> dict[str, Tensor] | None:
-        """The weights of the pass before."""
-        if sweep == 0:
-            return None
-        found = self.journal.read(_piece(sweep - 1, group))
-        if found is None:
-            raise OSError(f"{self.journal.folder} was changed while the conversion ran")
-        return _on(found[0], self.runner.device)
-
-    def students_view(
-        self,
-        group: Group,
-        student: Tensor,
-        start: dict[str, Tensor] | None,
-        before: list[Tensor],
-        outputs: list[Tensor],
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """The student's own inputs at all applications, and the targets there."""
-        block = self.runner.block(group.block)
-        if start is not None:
-            self.task.adapter.write(block, start, group.student)
-        seen, targets = [], []
-        for i, application in enumerate(group.applications):
-            targets.append(outputs[i] + (before[i] - student))
-            if i == len(group.applications) - 1:
-                seen.append(self.runner.attention_input(application, block, student))
-            else:
-                student, given, _ = self.runner.apply(application, block, student, attention=True)
-                assert given is not None
-                seen.append(given)
-        return seen, targets
-
     def fitted(
         self,
-        sweep: int,
         group: Group,
         weights: dict[str, Tensor],
-        start: dict[str, Tensor] | None,
         inputs: list[Tensor],
         targets: list[Tensor],
     ) -> LayerFit:
+        """Fits one block."""
         options = self.task.options
         count, end = len(self.task.fit), len(self.runner.offsets) - 1
         parts = [
             layer_problem(self.runner, group.student, inputs, targets, low, high)
             for low, high in ((0, count), (count, end))
         ]
-        self.report(sweep, group)
+        self.report(group.applications)
         return fit_layer(
             parts[0],
             parts[1],
             (multi_head(group.original), weights),
             multi_head(group.student),
-            start=start,
+            start=None,
             max_iterations=options.max_iterations,
-            max_seconds=None if options.max_seconds is None else options.max_seconds / self.total,
+            max_seconds=self.seconds(fit_share(options) / len(self.changed)),
             seed=options.seed,
             saved=self.task.dtype,
             progress=lambda iteration, error: self.report(
-                sweep, group, iteration=(iteration, error)
+                group.applications, iteration=(iteration, error)
             ),
         )
 
-    def report(self, sweep: int, group: Group, **fields: Any) -> None:
+    def seconds(self, share: float) -> float | None:
+        """A share of the time that is allowed; None: no bound."""
+        limit = self.task.options.max_seconds
+        return None if limit is None else share * limit
+
+    def report(self, layers: tuple[int, ...], **fields: Any) -> None:
+        """Tells the observer."""
         if self.observer is not None:
-            self.observer(Progress(self.done, self.total, sweep, group.applications, **fields))
+            self.observer(Progress(self.done, self.total, layers, **fields))
+
+    # ------------------------------------------------------------------ the whole model
+
+    def refined(
+        self, weights: Mapping[str, Mapping[str, Tensor]], original: Tensor
+    ) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
+        """The final pass unless the journal has it.
+
+        Returns:
+            The weights by block, and the student's hidden states after the last block.
+        """
+        task, runner = self.task, self.runner
+        blocks = {group.block: runner.block(group.block) for group in task.groups}
+        if self.journal.read(FINAL) is None:
+            for group in self.changed:
+                task.adapter.write(blocks[group.block], weights[group.block], group.student)
+            self.refine(blocks, original)
+        found, self.final = self.kept(FINAL)
+        refined = {
+            group.block: {name: found[f"{group.block}.{name}"] for name in group.student.weights()}
+            for group in self.changed
+        }
+        self.done += 1
+        self.report((), error=self.final["held_out_loss"])
+        student = runner.start()
+        for group in task.groups:
+            if group.changed:
+                task.adapter.write(blocks[group.block], refined[group.block], group.student)
+            for application in group.applications:
+                student, *_ = runner.apply(application, blocks[group.block], student)
+        return refined, student
+
+    def refine(self, blocks: Mapping[str, nn.Module], original: Tensor) -> None:
+        """Takes the steps of the final pass and keeps what they end with."""
+        task, count = self.task, len(self.task.fit)
+        self.report(())
+        done = Refinement(
+            self.runner,
+            blocks,
+            [group.block for group in self.changed],
+            original,
+            range(count),
+            range(count, count + len(task.held_out)),
+            predicts=task.predicts,
+            saved=task.dtype,
+        ).run(
+            steps=task.options.final_steps,
+            seconds=self.seconds(1 - fit_share(task.options)),
+            seed=task.options.seed,
+            journal=self.journal,
+            progress=lambda step, loss: self.report((), iteration=(step, loss)),
+        )
+        tensors = {
+            f"{group.block}.{name}": value
+            for group in self.changed
+            for name, value in task.adapter.read(blocks[group.block]).items()
+        }
+        self.journal.write(FINAL, tensors, done.record())
 
     def scores(self, original: Tensor, student: Tensor) -> dict[str, float]:
         """Scores on the held-out windows: losses of both, or the cosine of their embeddings."""
@@ -337,45 +370,17 @@ class _Run:
             elif owner not in written:
                 written.add(owner)
                 block = self.runner.block(owner)
-                found = _on(weights[owner], self.runner.device)
-                self.task.adapter.write(block, found, groups[owner].student)
+                self.task.adapter.write(block, weights[owner], groups[owner].student)
                 yield from ((f"{owner}.{key}", value) for key, value in block.state_dict().items())
 
 
-def _piece(sweep: int, group: Group) -> str:
-    return f"pass{sweep}-layer{group.applications[0]}"
+def _piece(group: Group) -> str:
+    return f"layer{group.applications[0]}"
 
 
-def _on(weights: dict[str, Tensor], device: str) -> dict[str, Tensor]:
-    return {name: value.to(device) for name, value in weights.items()}
-
-
-def layer_problem(
-    runner: Blockwise,
-    shape: AttentionShape,
-    inputs: list[Tensor],
-    targets: list[Tensor],
-    first: int,
-    last: int,
-) -> AttentionProblem:
-    """The problem of a student's layer.
-
-    Args:
-        runner: Knows where the windows' rows are.
-        shape: The student's shape.
-        inputs: For each application the rows that go into the attention.
-        targets: The rows that should come out.
-        first: The first window.
-        last: The window after the last.
-
-    Returns:
-        The problem; windows of one application after those of another.
-    """
-    a = [row for rows in inputs for row in runner.sequences(rows, first, last)]
-    b = [row for rows in targets for row in runner.sequences(rows, first, last)]
-    follows = math.isclose(shape.scale, shape.head_dim**-0.5, rel_tol=1e-12)
-    scale = None if follows else shape.scale  # None: each model's own, also the original's
-    return AttentionProblem(a, b, mask=shape.mask(), scale=scale)
+def fit_share(options: Options) -> float:
+    """The share of the fits in the time that is allowed; the rest is the final pass's."""
+    return FIT_SHARE if options.final_steps else 1.0
 
 
 def _finished(out: Path, digest: str) -> dict[str, Any] | None:

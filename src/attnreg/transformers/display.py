@@ -12,12 +12,13 @@ class ConversionDisplay(LiveLine):
 
     Args:
         max_iterations: Of one fit; its share of the bar follows the iterations.
+        final_steps: Of the final pass.
         enabled: Whether anything is shown.
     """
 
-    def __init__(self, max_iterations: int, *, enabled: bool) -> None:
+    def __init__(self, max_iterations: int, final_steps: int, *, enabled: bool) -> None:
         super().__init__(enabled=enabled)
-        self._max_iterations = max(max_iterations, 1)
+        self._bounds = max(max_iterations, 1), max(final_steps, 1)
         self._error = float("nan")
 
     def update(self, where: Where) -> None:
@@ -25,13 +26,17 @@ class ConversionDisplay(LiveLine):
         part = 0.0
         if where.iteration is not None:
             number, self._error = where.iteration
-            part = min(number / self._max_iterations, 1.0)
+            part = min(number / self._bounds[not where.layers], 1.0)
         elif where.error is not None:
             self._error = where.error
-        layer = "-".join(str(n) for n in sorted({where.layers[0], where.layers[-1]}))
-        text = f"pass {where.sweep + 1} layer {layer} ({where.done}/{where.total})"
+        if where.layers:
+            ends = sorted({where.layers[0], where.layers[-1]})
+            text, kind = f"layer {'-'.join(map(str, ends))}", "error"
+        else:
+            text, kind = "final pass", "loss"
+        text += f" ({where.done}/{where.total})"
         if self._error == self._error:
-            text += f" error {self._error:.4f}"
+            text += f" {kind} {self._error:.4f}"
         done = where.done + part
         self.show(text, done, where.total)
 

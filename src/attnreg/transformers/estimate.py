@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from attnreg.transformers.final_pass import STEP_TOKENS
 from attnreg.transformers.layer_fit import solver_for
 from attnreg.transformers.shapes import AttentionShape
 from attnreg.transformers.task import Task
@@ -17,6 +18,10 @@ PRODUCTS = 20
 
 PASSES = 4
 """Passes of the model over the text in a pass over the layers: both models, some parts twice."""
+
+
+ACTIVATIONS = 24
+"""Numbers that a block keeps for its gradient, in widths of the model a token, about."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +55,8 @@ def estimate(task: Task) -> Estimate:
     ]
     runs = [len(group.applications) for group in task.groups]
     applied = sum(size * count for size, count in zip(blocks, runs, strict=True))
-    sweeps = 1 + task.options.refinements
     rate = _rate(task.options.device)
-    seconds = sweeps * PASSES * 2 * applied * tokens / rate
+    seconds = PASSES * 2 * applied * tokens / rate
     fits = 0.0
     for group, count in zip(task.groups, runs, strict=True):
         if group.changed:
@@ -62,16 +66,24 @@ def estimate(task: Task) -> Estimate:
             products = 1 if solver_for(residuals, size) == "stochastic" else PRODUCTS
             products = task.options.max_iterations * products * 4 + 20  # 20: the starts
             fits += products * count * task.fit.tokens * _work(group.student, length) / rate
-    limit = task.options.max_seconds
-    seconds += sweeps * fits if limit is None else min(limit, sweeps * fits)
+    steps, vocabulary = task.options.final_steps, task.checkpoint.config.vocab_size
     width = task.groups[0].original.width
+    head = vocabulary * width if task.predicts else 0
+    step_tokens = min(task.fit.tokens, STEP_TOKENS)
+    # Forward and back; the head once more, for the original.
+    fits += steps * 2 * (3 * applied + 4 * head) * step_tokens / rate
+    limit = task.options.max_seconds
+    seconds += fits if limit is None else min(limit, fits)
     widest = max(g.student.heads * g.student.head_dim + 2 * width for g in task.groups)
     rows = 4 * tokens * (6 * width + max(runs) * 3 * widest)
     scores = 4 * max(g.student.heads for g in task.groups) * max(runs) * tokens * length
     memory = 4 * (total - sum(blocks) + 2 * max(blocks)) + rows + scores
+    if steps:
+        kept = 4 * step_tokens * (ACTIVATIONS * sum(runs) * width + 4 * vocabulary * (head > 0))
+        memory = max(memory, 4 * total + 4 * tokens * width + kept)
     stored = task.dtype.itemsize * total
     attention = sum(math.prod(s) for g in task.groups for s in g.student.weights().values())
-    return Estimate(seconds, memory, stored + 4 * sweeps * attention)
+    return Estimate(seconds, memory, stored + 4 * (1 + 5 * bool(steps)) * attention)
 
 
 def _work(shape: AttentionShape, length: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,9 @@ from attnreg.models import Model, MultiHead
 from attnreg.problem import AttentionProblem
 from attnreg.records import IterationRecord
 from attnreg.result import predict
+from attnreg.transformers.shapes import AttentionShape
 from attnreg.transformers.starts import best_start
+from attnreg.transformers.streaming import Blockwise
 
 REDUNDANT = 20
 """Residuals a parameter from which mini-batches fit faster than curvature does: real layers with
@@ -144,3 +147,31 @@ def relative_error(problem: AttentionProblem, model: Model, weights: Mapping[str
     targets = problem.unpad([batch.B for batch in problem.batches])
     pairs = zip(predicted, targets, strict=True)
     return problem.relative_error(sum(float((p - t).double().square().sum()) for p, t in pairs))
+
+
+def layer_problem(
+    runner: Blockwise,
+    shape: AttentionShape,
+    inputs: list[Tensor],
+    targets: list[Tensor],
+    first: int,
+    last: int,
+) -> AttentionProblem:
+    """The problem of a student's layer.
+
+    Args:
+        runner: Knows where the windows' rows are.
+        shape: The student's shape.
+        inputs: For each application the rows that go into the attention.
+        targets: The rows that should come out.
+        first: The first window.
+        last: The window after the last.
+
+    Returns:
+        The problem; windows of one application after those of another.
+    """
+    a = [row for rows in inputs for row in runner.sequences(rows, first, last)]
+    b = [row for rows in targets for row in runner.sequences(rows, first, last)]
+    follows = math.isclose(shape.scale, shape.head_dim**-0.5, rel_tol=1e-12)
+    scale = None if follows else shape.scale  # None: each model's own, also the original's
+    return AttentionProblem(a, b, mask=shape.mask(), scale=scale)

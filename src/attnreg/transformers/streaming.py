@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -111,6 +111,7 @@ class Blockwise:
         self._width = 0
         self._tuple = False  # whether a block returns a tuple; known once one has run
         self._count, self._target, self._final = 0, -1, torch.empty(0)
+        self._live: Mapping[str, nn.Module] | None = None
 
     # ------------------------------------------------------------------ blocks
 
@@ -123,7 +124,7 @@ class Blockwise:
     def start(self) -> Tensor:
         """Hidden states before the first block."""
         rows: Tensor | None = None
-        for batch in self._batches(BATCH_TOKENS):
+        for batch in self.batches(BATCH_TOKENS):
             hidden = self._reach(batch, 0).hidden
             self._width = hidden.shape[-1]
             rows = self._allocate() if rows is None else rows
@@ -150,7 +151,7 @@ class Blockwise:
 
         first, _ = self.adapter.taps(block)
         with _hooked(first.register_forward_pre_hook(take, with_kwargs=True)):
-            for batch in self._batches(BATCH_TOKENS):
+            for batch in self.batches(BATCH_TOKENS):
                 with _ended_by(_Taken):
                     self._call(batch, application, block, rows)
         return found
@@ -183,13 +184,33 @@ class Blockwise:
         first, last = self.adapter.taps(block)
         pre = first.register_forward_pre_hook(before, with_kwargs=True)
         with _hooked(pre), _hooked(last.register_forward_hook(behind)):
-            for batch in self._batches(BATCH_TOKENS):
+            for batch in self.batches(BATCH_TOKENS):
                 self._store(batch, self._call(batch, application, block, rows), after)
         return (after, *(taken or (None, None)))
 
     def sequences(self, rows: Tensor, start: int, stop: int) -> list[Tensor]:
         """The rows of the windows ``start ... stop - 1``, one view each."""
         return [rows[low:high] for low, high in pairwise(self.offsets[start : stop + 1])]
+
+    def batches(self, limit: int, windows: Sequence[int] | None = None) -> Iterator[list[int]]:
+        """Windows of similar lengths.
+
+        Args:
+            limit: Tokens of a batch at most, padding included; one window may be longer.
+            windows: Numbers of the windows; None: all.
+
+        Yields:
+            Numbers of the windows of a batch, the longest first.
+        """
+        batch: list[int] = []
+        chosen = range(len(self._ids)) if windows is None else windows
+        for window in sorted(chosen, key=lambda i: (-len(self._ids[i]), i)):
+            if batch and len(self._ids[batch[0]]) * (len(batch) + 1) > limit:
+                yield batch
+                batch = []
+            batch.append(window)
+        if batch:
+            yield batch
 
     # ------------------------------------------------------------------ the end of the model
 
@@ -205,7 +226,7 @@ class Blockwise:
             ``(tokens - windows,)``, float64, nats, in the order of ``windows``.
         """
         parts: dict[int, Tensor] = {}
-        for batch in self._batches(HEAD_TOKENS, windows):
+        for batch in self.batches(HEAD_TOKENS, windows):
             logits = self._finish(self._model, batch, rows).logits
             for logit, window in zip(logits, batch, strict=True):
                 following = torch.tensor(self._ids[window][1:], device=logits.device)
@@ -226,16 +247,50 @@ class Blockwise:
             ``(len(windows), width)``, float64.
         """
         parts: dict[int, Tensor] = {}
-        for batch in self._batches(BATCH_TOKENS, windows):
+        for batch in self.batches(BATCH_TOKENS, windows):
             final = self._finish(self._model.base_model, batch, rows).last_hidden_state
             for hidden, window in zip(final, batch, strict=True):
                 parts[window] = hidden[: len(self._ids[window])].double().mean(0).cpu()
         return torch.stack([parts[window] for window in windows])
 
+    @torch.no_grad()
+    def end(self, batch: Sequence[int], rows: Tensor, *, head: bool) -> Tensor:
+        """What the model makes of stored hidden states.
+
+        Args:
+            batch: Numbers of windows.
+            rows: Hidden states after the last block.
+            head: Whether the logits are wanted and not the last hidden states.
+
+        Returns:
+            ``(tokens of the batch, vocabulary or width)``, windows one after another.
+        """
+        output = self._finish(self._model if head else self._model.base_model, batch, rows)
+        return self._unpadded(batch, output.logits if head else output.last_hidden_state)
+
+    def whole(self, batch: Sequence[int], blocks: Mapping[str, nn.Module], *, head: bool) -> Tensor:
+        """Runs the whole model, with gradients for the blocks' parameters that ask for them.
+
+        Args:
+            batch: Numbers of windows.
+            blocks: All blocks by name.
+            head: Whether the logits are wanted and not the last hidden states.
+
+        Returns:
+            As :meth:`end`.
+        """
+        self._model.requires_grad_(False)
+        self._count, self._target, self._live = 0, -1, blocks
+        try:
+            output = (self._model if head else self._model.base_model)(**self._inputs(batch))
+        finally:
+            self._live = None
+        return self._unpadded(batch, output.logits if head else output.last_hidden_state)
+
     # ------------------------------------------------------------------ pieces
 
     def visit(self, hidden: Tensor, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """What the stops do: end the forward at the target, pass all others by.
+        """What the stops do: end the forward at the target, pass all others by; or run blocks.
 
         Returns:
             The hidden states as a block returns them; the stored ones at the last application.
@@ -246,21 +301,11 @@ class Blockwise:
         if self._count == self._target:
             raise _Reached(hidden, arguments, named)
         self._count += 1
+        if self._live is not None:
+            return self._live[self.applications[self._count - 1]](hidden, *arguments, **named)
         if self._count == len(self.applications):
             hidden = self._final
         return (hidden,) if self._tuple else hidden
-
-    def _batches(self, limit: int, windows: Sequence[int] | None = None) -> Iterator[list[int]]:
-        """Windows of similar lengths, at most ``limit`` tokens with padding (or one window)."""
-        batch: list[int] = []
-        chosen = range(len(self._ids)) if windows is None else windows
-        for window in sorted(chosen, key=lambda i: (-len(self._ids[i]), i)):
-            if batch and len(self._ids[batch[0]]) * (len(batch) + 1) > limit:
-                yield batch
-                batch = []
-            batch.append(window)
-        if batch:
-            yield batch
 
     def _inputs(self, batch: Sequence[int]) -> dict[str, Tensor]:
         longest = max(len(self._ids[window]) for window in batch)
@@ -297,6 +342,10 @@ class Blockwise:
         self._count, self._target = 0, -1
         self._final = self._load(batch, rows, like=like)
         return model(**inputs)
+
+    def _unpadded(self, batch: Sequence[int], values: Tensor) -> Tensor:
+        lengths = [len(self._ids[window]) for window in batch]
+        return torch.cat([row[:length] for row, length in zip(values, lengths, strict=True)])
 
     def _allocate(self) -> Tensor:
         shape = (self.offsets[-1], self._width)

@@ -42,7 +42,7 @@ def conversion_summary(
             "layer": ", ".join(map(str, layer["layers"])),
             "original": _sizes(layer["original"]),
             "student": _sizes(layer["student"]),
-            "start": layer["first_start"],
+            "start": layer["start"],
             "fitted": layer["error"],
             "held_out": layer["held_out_error"],
         }
@@ -60,6 +60,12 @@ def conversion_summary(
     }
     names = ("model", "architecture", "loads_with", "obstacle")
     head = {name: report[name] for name in names if report[name] is not None}
+    if report["final_pass"] is not None:
+        final = report["final_pass"]
+        head["final_pass"] = (
+            f"{final['steps']} steps, held-out loss {final['start_loss']:.4g} -> "
+            f"{final['held_out_loss']:.4g}"
+        )
     return {**head, "heads/kv heads/width": layers, **numbers, **extra}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from attnreg.models import MultiHead
 from attnreg.transformers.adapters import Adapter, NotExpressible, adapter_for
 from attnreg.transformers.calibration import Source, Windows, read_tokenizer, read_windows
 from attnreg.transformers.checkpoint import Checkpoint
+from attnreg.transformers.final_pass import check_memory
 from attnreg.transformers.plan import Plan
 from attnreg.transformers.shapes import AttentionShape
 
@@ -32,10 +34,10 @@ class Options:
         tokens: Calibration tokens to use at most; None: all.
         held_out: Share of the documents that nothing is fitted on: the held-out errors and the
             before/after numbers are from these.
-        refinements: Passes over all layers after the first.
+        final_steps: Steps of the final pass over the whole model; 0: it is left out.
         max_iterations: Bound on the iterations of each fit.
-        max_seconds: Bound on the time of all fits together, each of which gets the same share. With
-            it a conversion is not reproducible to the bit.
+        max_seconds: Bound on the time of all fits, each of which gets the same share, and of the
+            final pass. With it a conversion is not reproducible to the bit.
         seed: Seed of the fits.
         dtype: Name of the dtype to save in; None: the original's.
         device: Where to compute.
@@ -44,7 +46,7 @@ class Options:
     window: int | None = None
     tokens: int | None = None
     held_out: float = 0.1
-    refinements: int = 1
+    final_steps: int = 400
     max_iterations: int = 30
     max_seconds: float | None = None
     seed: int = 0
@@ -59,7 +61,7 @@ class Options:
         """
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r} was given; expected {', '.join(DTYPES)}")
-        for name, least in (("refinements", 0), ("max_iterations", 0), ("seed", 0)):
+        for name, least in (("final_steps", 0), ("max_iterations", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(
                     f"{name}={getattr(self, name)} was given, at least {least} is expected"
@@ -177,6 +179,8 @@ def prepare(source: str | Path, plan: Plan, calibration: Source, options: Option
     original = original_shapes(checkpoint)
     students = plan.shapes(adapter, checkpoint.config, original)
     groups = find_groups(checkpoint, original, students)
+    if options.final_steps and torch.device(options.device).type == "cpu":
+        check_memory(4 * sum(math.prod(entry.shape) for entry in checkpoint.entries.values()))
     fit, held_out = read_split(checkpoint, calibration, options)
     config, obstacle = checkpoint.config, None
     try:
