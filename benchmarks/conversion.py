@@ -183,7 +183,7 @@ def row(
         if ours:
             done = convert(task, out)
         else:
-            with mock.patch("attnreg.transformers.convert.fit_layer", peer(method, seconds, rates)):
+            with mock.patch("attnreg.transformers.stages.fit_layer", peer(method, seconds, rates)):
                 done = convert(task, out)
         excess = nats(out, texts) - before
     return {

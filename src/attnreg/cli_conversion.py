@@ -47,6 +47,15 @@ Window = Annotated[
 ]
 Tokens = Annotated[int | None, typer.Option(min=1, help="Calibration tokens at most.")]
 HeldOut = Annotated[float, typer.Option(help="Share of the documents that is held out.")]
+Generate = Annotated[
+    int,
+    typer.Option(
+        metavar="TOKENS",
+        min=0,
+        help="Text that the original writes itself, to fit on beside TEXT; helps where that is "
+        "short.",
+    ),
+]
 FinalSteps = Annotated[
     int, typer.Option(min=0, help="Steps of the final pass over the whole model; 0: none.")
 ]
@@ -117,6 +126,7 @@ def compress_command(
     window: Window = None,
     tokens: Tokens = None,
     held_out: HeldOut = 0.1,
+    generate: Generate = 0,
     final_steps: FinalSteps = 400,
     max_iterations: MaxIterations = 30,
     max_seconds: MaxSeconds = None,
@@ -150,6 +160,7 @@ def compress_command(
         window=window,
         tokens=tokens,
         held_out=held_out,
+        generate=generate,
         final_steps=final_steps,
         max_iterations=max_iterations,
         max_seconds=max_seconds,
@@ -211,7 +222,9 @@ def plan_command(
         raise ValueError(f"--kv-budget is {kv_budget}; expected a share above 0 and at most 1")
     _check_figure(figure)
     checkpoint = Checkpoint.open(model)
-    options = Options(window, tokens, held_out, 0, max_iterations, None, seed, None, device)
+    options = Options(
+        window, tokens, held_out, max_iterations=max_iterations, seed=seed, device=device
+    )
     windows = read_split(checkpoint, calibration, options)
     settings = _settings(kv_heads or [], heads or [], head_dim or [])
     with MeasureDisplay(enabled=sys.stderr.isatty() and not quiet) as display:
@@ -291,8 +304,7 @@ def _convert(task: Task, out: Path, restart: bool, command: str, live: bool) -> 
     from attnreg.transformers.convert import convert, partial_folder
     from attnreg.transformers.display import ConversionDisplay
 
-    options = task.options
-    with ConversionDisplay(options.max_iterations, options.final_steps, enabled=live) as display:
+    with ConversionDisplay(task.options, enabled=live) as display:
         try:
             return convert(task, out, restart=restart, command=command, observer=display.update)
         except KeyboardInterrupt:

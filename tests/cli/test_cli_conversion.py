@@ -89,7 +89,7 @@ def test_interrupted(run, models, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("attnreg.transformers.convert.fit_layer", interrupted)
+    monkeypatch.setattr("attnreg.transformers.stages.fit_layer", interrupted)
     code, out, err = run(*COMPRESS, "--kv-heads", 1, "--out", "small")
     assert (code, out) == (130, "")
     assert err == "attnreg: interrupted; the same command goes on from small.partial\n"

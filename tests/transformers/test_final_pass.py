@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from attnreg.transformers import final_pass
+from attnreg.transformers import task as tasks
 from attnreg.transformers.adapters import adapter_for
 from attnreg.transformers.convert import convert, partial_folder
-from attnreg.transformers.final_pass import Refinement, check_memory
+from attnreg.transformers.final_pass import Refinement
 from attnreg.transformers.loading import load
 from attnreg.transformers.streaming import Blockwise
 from tests.transformers.folders import by_transformers
@@ -146,7 +147,7 @@ def test_a_final_pass_goes_on_from_any_check(root, tmp_path, family):  # noqa: F
     begun = []
 
     def observer(where):
-        if not where.layers and where.iteration:
+        if where.stage == "final pass" and where.iteration:
             begun.append(where.iteration[0])
         killed_after(fits, steps)(where)
 
@@ -167,7 +168,9 @@ def test_a_bound_by_time_ends_it(root, tmp_path):  # noqa: F811
     assert math.isfinite(record["held_out_loss"])
 
 
-def test_a_model_larger_than_memory_is_refused_before_any_work():
-    check_memory(10**6)
-    with pytest.raises(ValueError, match=r"10000000\.0 GB, .*--final-steps 0"):
-        check_memory(10**16)
+def test_a_model_larger_than_memory_is_refused_before_any_work(root, monkeypatch):  # noqa: F811
+    pages = {"SC_PAGE_SIZE": 1000, "SC_PHYS_PAGES": 10}
+    monkeypatch.setattr(tasks.os, "sysconf", pages.__getitem__)
+    task_of(root)
+    with pytest.raises(ValueError, match=r"this machine has 0\.0 GB; give --final-steps 0"):
+        task_of(root, options=STEPS)

@@ -70,6 +70,10 @@ class Windows:
         """Number of tokens, special ones among them."""
         return sum(map(len, self.ids))
 
+    def facts(self) -> dict[str, Any]:
+        """Numbers of windows and tokens, and the digest."""
+        return {"windows": len(self), "tokens": self.tokens, "digest": self.digest}
+
     def split(self, fraction: float) -> tuple[Self, Self]:
         """Two parts, the second with about ``fraction`` of the documents.
 

@@ -20,7 +20,6 @@ def build_report(
     digest: str,
     command: str,
     records: Sequence[Mapping[str, Any]],
-    final: Mapping[str, Any] | None,
     scores: Mapping[str, float],
 ) -> dict[str, Any]:
     """What a conversion came to, as JSON holds it.
@@ -31,7 +30,6 @@ def build_report(
         digest: Their digest.
         command: The command line.
         records: One for each fitted block, with ``layers`` and the errors.
-        final: The record of the final pass; None: there was none.
         scores: ``before`` and ``after``, nats a held-out token; or ``cosine``.
 
     Returns:
@@ -68,13 +66,12 @@ def build_report(
         "options": settings["options"],
         "calibration": {
             "source": Path(task.fit.source.removesuffix(" (to fit)")).name,
-            "fit": _windows(task.fit),
-            "held_out": _windows(task.held_out),
+            "fit": task.fit.facts(),
+            "held_out": task.held_out.facts(),
         },
         "before": before,
         "after": after,
         "layers": layers,
-        "final_pass": None if final is None else dict(final),
     }
 
 
@@ -132,7 +129,8 @@ def model_card(report: Mapping[str, Any]) -> str:
         "",
         f"Held-out text: {text['held_out']['windows']} windows, {text['held_out']['tokens']} "
         f"tokens of {text['source']}, a split of the calibration text that nothing was fitted on. "
-        f"Fitted on {text['fit']['windows']} windows, {text['fit']['tokens']} tokens.",
+        f"Fitted on {text['fit']['windows']} windows, {text['fit']['tokens']} tokens"
+        f"{_generated(text['generated'])}.",
         "",
         "## Layers",
         "",
@@ -183,6 +181,12 @@ def _loading(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _generated(windows: Mapping[str, Any] | None) -> str:
+    if windows is None:
+        return ""
+    return f", and on {windows['tokens']} tokens that the original wrote itself"
+
+
 def _final(record: Mapping[str, Any] | None) -> list[str]:
     if record is None:
         return []
@@ -206,10 +210,6 @@ def _costs(task: Task, *, student: bool) -> dict[str, Any]:
         "parameters": total,
         "kv_bytes_per_token": cache if shapes[0].causal else None,
     }
-
-
-def _windows(windows: Any) -> dict[str, Any]:
-    return {"windows": len(windows), "tokens": windows.tokens, "digest": windows.digest}
 
 
 def _sizes(values: Mapping[str, int]) -> str:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from attnreg.progress import LiveLine
-from attnreg.transformers.convert import Progress as Where
 from attnreg.transformers.sensitivity import Measured
+from attnreg.transformers.stages import Progress as Where
+from attnreg.transformers.task import Options
 
 
 class ConversionDisplay(LiveLine):
     """Layer, error and time left of a conversion.
 
     Args:
-        max_iterations: Of one fit; its share of the bar follows the iterations.
-        final_steps: Of the final pass.
+        options: Those of the conversion; the bar follows their bounds.
         enabled: Whether anything is shown.
     """
 
-    def __init__(self, max_iterations: int, final_steps: int, *, enabled: bool) -> None:
+    def __init__(self, options: Options, *, enabled: bool) -> None:
         super().__init__(enabled=enabled)
-        self._bounds = max(max_iterations, 1), max(final_steps, 1)
+        self._bounds = {
+            "text": options.generate,
+            "fit": options.max_iterations,
+            "final pass": options.final_steps,
+        }
         self._error = float("nan")
 
     def update(self, where: Where) -> None:
@@ -26,19 +30,18 @@ class ConversionDisplay(LiveLine):
         part = 0.0
         if where.iteration is not None:
             number, self._error = where.iteration
-            part = min(number / self._bounds[not where.layers], 1.0)
+            part = min(number / max(self._bounds[where.stage], 1), 1.0)
         elif where.error is not None:
             self._error = where.error
-        if where.layers:
-            ends = sorted({where.layers[0], where.layers[-1]})
-            text, kind = f"layer {'-'.join(map(str, ends))}", "error"
-        else:
-            text, kind = "final pass", "loss"
+        if where.stage == "text":
+            self.show(f"sampling text ({part:.0%})", where.done + part, where.total)
+            return
+        ends = sorted({where.layers[0], where.layers[-1]}) if where.layers else []
+        text = f"layer {'-'.join(map(str, ends))}" if ends else where.stage
         text += f" ({where.done}/{where.total})"
         if self._error == self._error:
-            text += f" {kind} {self._error:.4f}"
-        done = where.done + part
-        self.show(text, done, where.total)
+            text += f" {'error' if ends else 'loss'} {self._error:.4f}"
+        self.show(text, where.done + part, where.total)
 
 
 class MeasureDisplay(LiveLine):

@@ -20,6 +20,9 @@ PASSES = 4
 """Passes of the model over the text in a pass over the layers: both models, some parts twice."""
 
 
+GENERATION = 4
+"""Sampling a token costs so many times as much as reading one, about."""
+
 ACTIVATIONS = 24
 """Numbers that a block keeps for its gradient, in widths of the model a token, about."""
 
@@ -45,7 +48,8 @@ def estimate(task: Task) -> Estimate:
     Returns:
         The estimate.
     """
-    tokens = task.fit.tokens + task.held_out.tokens
+    fitted = task.fit.tokens + task.options.generate
+    tokens = fitted + task.held_out.tokens
     length = max(max(map(len, part.ids)) for part in (task.fit, task.held_out))
     entries = task.checkpoint.entries
     total = sum(math.prod(entry.shape) for entry in entries.values())
@@ -60,17 +64,18 @@ def estimate(task: Task) -> Estimate:
     fits = 0.0
     for group, count in zip(task.groups, runs, strict=True):
         if group.changed:
-            residuals = count * task.fit.tokens * group.student.width
+            residuals = count * fitted * group.student.width
             size = sum(math.prod(s) for s in group.student.weights().values())
             # An epoch of mini-batches is one pass forward and one back.
             products = 1 if solver_for(residuals, size) == "stochastic" else PRODUCTS
             products = task.options.max_iterations * products * 4 + 20  # 20: the starts
-            fits += products * count * task.fit.tokens * _work(group.student, length) / rate
+            fits += products * count * fitted * _work(group.student, length) / rate
     steps, vocabulary = task.options.final_steps, task.checkpoint.config.vocab_size
     width = task.groups[0].original.width
     head = vocabulary * width if task.predicts else 0
-    step_tokens = min(task.fit.tokens, STEP_TOKENS)
+    step_tokens = min(fitted, STEP_TOKENS)
     # Forward and back; the head once more, for the original.
+    fits += GENERATION * 2 * applied * task.options.generate / rate
     fits += steps * 2 * (3 * applied + 4 * head) * step_tokens / rate
     limit = task.options.max_seconds
     seconds += fits if limit is None else min(limit, fits)

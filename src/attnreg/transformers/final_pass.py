@@ -21,7 +21,6 @@ All blocks are in memory at once, in float32.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -237,23 +236,6 @@ def attention_weights(adapter: Adapter, block: nn.Module) -> list[nn.Parameter]:
     modules = adapter.attention(block).modules()
     linears = [module for module in modules if isinstance(module, nn.Linear | Conv1D)]
     return [weight for module in linears for weight in module.parameters(recurse=False)]
-
-
-def check_memory(needed: int) -> None:
-    """Refuses a final pass over a model that is larger than this machine's memory.
-
-    Args:
-        needed: Bytes of all weights in float32.
-
-    Raises:
-        ValueError: If the machine has less.
-    """
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory:
-        raise ValueError(
-            f"the final pass holds the whole model in float32, {needed / 1e9:.1f} GB, and this "
-            f"machine has {memory / 1e9:.1f} GB; leave it out with --final-steps 0"
-        )
 
 
 def _size(weight: Tensor) -> float:

@@ -16,8 +16,7 @@ from typing import Any
 from attnreg.transformers.adapters import Adapter, adapter_for
 from attnreg.transformers.calibration import Windows
 from attnreg.transformers.checkpoint import Checkpoint
-from attnreg.transformers.convert import layer_problem
-from attnreg.transformers.layer_fit import fit_layer
+from attnreg.transformers.layer_fit import fit_layer, layer_problem
 from attnreg.transformers.plan import Choice, Plan, Setting, cheapest
 from attnreg.transformers.shapes import AttentionShape
 from attnreg.transformers.streaming import Blockwise

@@ -17,7 +17,6 @@ from attnreg.models import MultiHead
 from attnreg.transformers.adapters import Adapter, NotExpressible, adapter_for
 from attnreg.transformers.calibration import Source, Windows, read_tokenizer, read_windows
 from attnreg.transformers.checkpoint import Checkpoint
-from attnreg.transformers.final_pass import check_memory
 from attnreg.transformers.plan import Plan
 from attnreg.transformers.shapes import AttentionShape
 
@@ -34,6 +33,7 @@ class Options:
         tokens: Calibration tokens to use at most; None: all.
         held_out: Share of the documents that nothing is fitted on: the held-out errors and the
             before/after numbers are from these.
+        generate: Tokens that the original writes itself, to fit on beside the text; 0: none.
         final_steps: Steps of the final pass over the whole model; 0: it is left out.
         max_iterations: Bound on the iterations of each fit.
         max_seconds: Bound on the time of all fits, each of which gets the same share, and of the
@@ -46,6 +46,7 @@ class Options:
     window: int | None = None
     tokens: int | None = None
     held_out: float = 0.1
+    generate: int = 0
     final_steps: int = 400
     max_iterations: int = 30
     max_seconds: float | None = None
@@ -61,7 +62,12 @@ class Options:
         """
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r} was given; expected {', '.join(DTYPES)}")
-        for name, least in (("final_steps", 0), ("max_iterations", 0), ("seed", 0)):
+        for name, least in (
+            ("generate", 0),
+            ("final_steps", 0),
+            ("max_iterations", 0),
+            ("seed", 0),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(
                     f"{name}={getattr(self, name)} was given, at least {least} is expected"
@@ -179,15 +185,31 @@ def prepare(source: str | Path, plan: Plan, calibration: Source, options: Option
     original = original_shapes(checkpoint)
     students = plan.shapes(adapter, checkpoint.config, original)
     groups = find_groups(checkpoint, original, students)
-    if options.final_steps and torch.device(options.device).type == "cpu":
-        check_memory(4 * sum(math.prod(entry.shape) for entry in checkpoint.entries.values()))
     fit, held_out = read_split(checkpoint, calibration, options)
     config, obstacle = checkpoint.config, None
     try:
         config = adapter.student_config(checkpoint.config, students)
     except NotExpressible as reason:
         obstacle = " ".join(str(reason).split())
-    return Task(checkpoint, adapter, groups, fit, held_out, options, config, obstacle)
+    task = Task(checkpoint, adapter, groups, fit, held_out, options, config, obstacle)
+    if options.generate and not task.predicts:
+        raise ValueError(
+            f"generate={options.generate} was given, but {checkpoint.model_class.__name__} does "
+            "not predict a next token; give more text in its place"
+        )
+    if (options.generate or options.final_steps) and torch.device(options.device).type == "cpu":
+        _check_memory(4 * sum(math.prod(entry.shape) for entry in checkpoint.entries.values()))
+    return task
+
+
+def _check_memory(needed: int) -> None:
+    """Refuses what holds the whole model in float32 where the memory is smaller than that."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ValueError(
+            f"the final pass and sampling hold the whole model in float32, {needed / 1e9:.1f} GB, "
+            f"and this machine has {memory / 1e9:.1f} GB; give --final-steps 0 and no --generate"
+        )
 
 
 def original_shapes(checkpoint: Checkpoint) -> tuple[AttentionShape, ...]:
