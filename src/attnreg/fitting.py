@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnreg.certificate import Certificate, verify
 from attnreg.models import Bilinear, Model
-from attnreg.objective import Objective, Point
+from attnreg.objective import Iterate, Objective
 from attnreg.problem import AttentionProblem
 from attnreg.progress import ProgressDisplay
 from attnreg.records import IterationRecord, Status
@@ -174,10 +174,10 @@ class Certifier:
     ) -> None:
         self._problem, self._model, self._template = problem, model, template
         self._bound = tol * (problem.target_norm_squared or 1.0)
-        self._point: Point | None = None
+        self._point: Iterate | None = None
         self.certificate: Certificate | None = None
 
-    def confirms(self, point: Point) -> bool:
+    def confirms(self, point: Iterate) -> bool:
         """Whether the certified gap at a point is within the tolerance."""
         if point is not self._point:
             named = self._model.join(self._problem, point.theta, point.readout, self._template)

@@ -23,6 +23,7 @@ Kaufman's approximation). No factor 1/2 anywhere.
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -111,6 +112,38 @@ class Objective:
     def weighted(self, rows: Tensor) -> Tensor:
         """``W rows``; the same tensor where all weights are 1."""
         return rows if self.weights is None else rows * self.weights
+
+
+class Iterate(Protocol):
+    """A ``theta`` with its readout solved, as :class:`Point` describes it."""
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimised."""
+
+    @property
+    def theta(self) -> Tensor:
+        """Flat non-linear parameters."""
+
+    @property
+    def readout(self) -> Tensor:
+        """The minimiser over the readout."""
+
+    @property
+    def rank(self) -> int:
+        """Rank of the normal equations of the readout."""
+
+    @property
+    def loss(self) -> float:
+        """Loss alone."""
+
+    @property
+    def regularised(self) -> float:
+        """Loss plus the problem's ridges."""
+
+    @property
+    def gradient(self) -> Tensor:
+        """Gradient by ``theta``, flat."""
 
 
 class Point:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from attnreg.kronecker import KroneckerSolver, split_blocks
-from attnreg.objective import Objective, Point
+from attnreg.objective import Iterate, Objective, Point
 
 
 class BlockSolver:
@@ -55,7 +55,7 @@ class BlockSolver:
         return float(sum(solver.dual_norm_squared(m) for solver, m in parts)) ** 0.5
 
 
-def natural_metric(point: Point) -> BlockSolver:
+def natural_metric(point: Iterate) -> BlockSolver:
     """The metric of the stopping test at a point (see ``Model.natural_metric``)."""
     objective = point.objective
     right = objective.model.natural_metric(objective.problem, point.theta, point.readout)

@@ -224,7 +224,7 @@ class ApproximateNewton:
             self._point,
             self._norm,
             phase,
-            may_converge=True,
+            iterate=self._point,
             damping=0.0,
             path=0.0,
             inner_iterations=inner,

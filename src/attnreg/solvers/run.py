@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from attnreg.curvature.preconditioner import natural_metric
-from attnreg.objective import Objective, Point
+from attnreg.objective import Iterate, Objective, Point
 from attnreg.records import IterationRecord, Status
 
 ACCEPT = 1e-4
@@ -39,20 +39,20 @@ class Settings:
     max_iterations: int
     max_seconds: float | None
     stages: tuple[float, ...] = (0.0,)
-    confirm: Callable[[Point], bool] | None = None
+    confirm: Callable[[Iterate], bool] | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
     """Where the loop ended and why."""
 
-    point: Point
+    point: Iterate
     gradient_norm: float
     status: Status
 
 
 class Value(Protocol):
-    """A loss, without and with the ridges."""
+    """What is recorded of an iterate: its loss, without and with the ridges."""
 
     @property
     def loss(self) -> float:
@@ -97,7 +97,7 @@ class Run:
         """Whether the time limit is over."""
         return self.seconds_left() <= 0
 
-    def judge(self, point: Point, norm: float) -> Status | None:
+    def judge(self, point: Iterate, norm: float) -> Status | None:
         """Whether the run may end at a point with this relative gradient norm."""
         if norm > self.tol:
             return None
@@ -109,7 +109,7 @@ class Run:
         return None
 
     def report(
-        self, point: Value, norm: float, phase: str, *, may_converge: bool, **fields: Any
+        self, point: Value, norm: float, phase: str, *, iterate: Iterate | None, **fields: Any
     ) -> Status | None:
         """Hands out a record.
 
@@ -117,7 +117,7 @@ class Run:
             point: The current iterate, or what is known of it.
             norm: Its relative gradient norm.
             phase: As in :class:`IterationRecord`.
-            may_converge: Whether a small gradient ends the run here.
+            iterate: The same, where a small gradient may end the run here.
             **fields: The other fields of the record.
 
         Returns:
@@ -136,7 +136,7 @@ class Run:
         )
         if self._observe(record):
             return Status.STOPPED
-        if may_converge and isinstance(point, Point) and (status := self.judge(point, norm)):
+        if iterate is not None and (status := self.judge(iterate, norm)):
             return status
         if self.iteration >= self._settings.max_iterations:
             return Status.MAX_ITERATIONS
@@ -145,7 +145,7 @@ class Run:
         return None
 
 
-def relative_gradient_norm(point: Point) -> float:
+def relative_gradient_norm(point: Iterate) -> float:
     """Dual norm of the reduced gradient in the natural metric over ``||B - mean||_F^2``."""
     norm = natural_metric(point).dual_norm(point.gradient)
     return norm / point.objective.target_norm_squared

@@ -7,7 +7,8 @@ known exactly at both ends: the readout is solved over all rows at the start and
 
     joint gradient on a mini-batch     theta: 2 vjp(W r O_F^T)      O: 2 F^T W r
 
-plus the ridges' gradient in the share of the rows. The rate of a parameter block is
+plus the ridges' gradient in the share of the rows. The time of the end is set aside from a bound on
+the seconds: it is the time of the start. The rate of a parameter block is
 :data:`RATE` times the root mean square of the block at the start, so that data and weights of any
 scale are treated alike; it rises over :data:`WARM_UP` steps and falls to zero along a cosine at
 the bound of the run, by iterations or by time, whichever is nearer. An iteration is one epoch: all
@@ -16,7 +17,6 @@ sequences once. Heuristic: the rate and the size of the mini-batches, both measu
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable
@@ -28,14 +28,10 @@ from torch import Tensor
 from attnreg.batching import Batch
 from attnreg.curvature.preconditioner import natural_metric
 from attnreg.kronecker import split_blocks
-from attnreg.models import Features
-from attnreg.objective import Objective, Point
-from attnreg.operations import product
+from attnreg.objective import Objective
 from attnreg.records import IterationRecord, Status
+from attnreg.solvers.minibatches import Pooled, joint_gradient, minibatches
 from attnreg.solvers.run import Outcome, Run, Settings, relative_gradient_norm
-
-BATCH_ROWS = 768
-"""Rows of a mini-batch, about: padding included, whole sequences, one at least."""
 
 RATE = 0.07
 WARM_UP = 20
@@ -77,15 +73,17 @@ class Stochastic:
     ) -> None:
         self._objective, self._settings, self._generator = objective, settings, generator
         self._run = Run(objective, settings, observe, began)
-        self._start = Point(objective, objective.features(theta))
+        entered = time.perf_counter()
+        self._batches = minibatches(objective.problem.batches)
+        self._start = Pooled(objective, self._batches, theta)
         self._metric = natural_metric(self._start)
         self._theta, self._readout = self._start.theta.clone(), self._start.readout.clone()
         blocks = split_blocks(self._theta, objective.layout.blocks)  # views: steps move theta
         self._weights = [*blocks, self._readout]
         self._rates = [RATE * (_size(w) or w.shape[0] ** -0.5) for w in self._weights]
         self._adam = torch.optim.Adam([{"params": w} for w in self._weights], 0, MOMENTS, FLOOR)
-        self._batches = minibatches(objective.problem.batches)
         self._steps, self._began = 0, time.perf_counter()
+        self._reserve = self._began - entered
 
     def run(self) -> Outcome:
         """Runs until a bound is met.
@@ -102,7 +100,7 @@ class Stochastic:
             status = Status.INTERRUPTED
         if self._steps == 0:
             return Outcome(self._start, norm, status)
-        end = Point(self._objective, self._objective.features(self._theta))
+        end = Pooled(self._objective, self._batches, self._theta)
         if not end.value <= self._start.value:  # also where it is not a number
             return Outcome(self._start, norm, status)
         return Outcome(end, relative_gradient_norm(end), status)
@@ -112,7 +110,7 @@ class Stochastic:
         self._run.iteration += 1
         gradient, loss = torch.zeros_like(self._theta), 0.0
         for i in torch.randperm(len(self._batches), generator=self._generator).tolist():
-            if self._run.out_of_time():
+            if self._seconds_left() <= 0:
                 return Status.MAX_SECONDS
             part, value = self._step(self._batches[i])
             gradient += part
@@ -124,22 +122,7 @@ class Stochastic:
     def _step(self, batch: Batch) -> tuple[Tensor, float]:
         """One step; the gradient by ``theta`` and the loss that it was taken at."""
         objective, theta, readout = self._objective, self._theta, self._readout
-        features = Features(
-            objective.problem,
-            objective.model,
-            theta,
-            operations=objective.operations,
-            batches=[batch],
-        )
-        columns, width = features.columns, objective.layout.features
-        residual = columns @ readout - batch.B.flatten(0, 1)
-        weighted = residual * batch.weights.reshape(-1, 1)
-        gradient = features.vjp(weighted @ readout[:width].mT).mul_(2.0)
-        slope = (columns.mT @ weighted).mul_(2.0)
-        objective.operations.projections += 3 * product(
-            columns.shape[0], columns.shape[1], residual.shape[1]
-        )
-        loss = float((weighted * residual).sum(dtype=torch.float64))
+        gradient, slope, loss = joint_gradient(objective, batch, theta, readout)
         share = float(batch.weights.sum()) / objective.problem.total_weight
         self._add_ridges(gradient, slope, share)
         self._move(gradient, slope)
@@ -163,10 +146,14 @@ class Stochastic:
         """Of the rate: warm-up, then a cosine to zero at the nearer bound."""
         total = self._settings.max_iterations * len(self._batches)
         done = self._steps / max(1, total)
-        spent, left = time.perf_counter() - self._began, max(0.0, self._run.seconds_left())
+        spent, left = time.perf_counter() - self._began, max(0.0, self._seconds_left())
         done = max(done, spent / (spent + left))
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
         return cosine * min(1.0, (self._steps + 1) / WARM_UP)
+
+    def _seconds_left(self) -> float:
+        """Until the end has to begin."""
+        return self._run.seconds_left() - self._reserve
 
     def _add_ridges(self, gradient: Tensor, slope: Tensor, share: float) -> None:
         ridge = self._objective.ridge
@@ -178,28 +165,17 @@ class Stochastic:
         distance = (self._readout - ridge.readout_center).double()
         slope.add_((ridge.readout @ distance).to(slope.dtype), alpha=2.0 * share)
 
-    def _report(self, point: Point | _Estimate, norm: float, phase: str) -> Status | None:
+    def _report(self, point: Pooled | _Estimate, norm: float, phase: str) -> Status | None:
         return self._run.report(
             point,
             norm,
             phase,
-            may_converge=phase == "start",
+            iterate=point if isinstance(point, Pooled) else None,
             damping=0.0,
             path=0.0,
             inner_iterations=0,
             accepted=True,
         )
-
-
-def minibatches(batches: tuple[Batch, ...]) -> list[Batch]:
-    """Parts of about :data:`BATCH_ROWS` rows, of equal numbers of sequences within a batch."""
-    parts = []
-    for batch in batches:
-        sequences, rows = batch.B.shape[:2]
-        count = max(1, round(sequences * rows / BATCH_ROWS))
-        bounds = [sequences * i // count for i in range(count + 1)]
-        parts += [batch.part(i, j) for i, j in itertools.pairwise(bounds) if j > i]
-    return parts
 
 
 def _size(matrix: Tensor) -> float:

@@ -326,7 +326,7 @@ class TrustRegion:
             self._point,
             self._norm,
             phase,
-            may_converge=self._final and best,
+            iterate=self._point if self._final and best else None,
             damping=shift,
             path=self._settings.stages[self._stage],
             inner_iterations=inner,

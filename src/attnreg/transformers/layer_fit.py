@@ -39,7 +39,7 @@ class LayerFit:
         start: Name of the start.
         tried: Relative error of every start on a sample of the fitted windows.
         start_error: Held-out relative error of the start.
-        error: Relative error on the fitted windows.
+        error: Relative error on the fitted windows, before rounding.
         held_out_error: Relative error on the held-out windows.
         iterations: Iterations of the fit.
     """
@@ -118,7 +118,7 @@ def fit_layer(
         start=name,
         tried=tried,
         start_error=errors[0],
-        error=relative_error(problem, model, options[chosen]),
+        error=problem.relative_error(result.loss if chosen else result.history[0].loss),
         held_out_error=errors[chosen],
         iterations=result.history[-1].iteration if result.history else 0,
     )
