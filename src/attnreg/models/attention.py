@@ -268,12 +268,12 @@ class Attention:
 
     def _forward(self, block: Block) -> None:
         z = self._logits(block)
+        s = torch.softmax(z, dim=-1)  # in one pass: faster than logsumexp, subtraction and exp
         if self._softmax is None:
-            normaliser = torch.logsumexp(z, dim=-1, keepdim=True)
-            self._normalisers.append(normaliser)
-            s = z.sub_(normaliser).exp_()
+            # The largest weight is exp(largest logit - normaliser).
+            largest = s.amax(dim=-1, keepdim=True).log_()
+            self._normalisers.append(torch.sub(z.amax(dim=-1, keepdim=True), largest))
         else:
-            s = torch.softmax(z, dim=-1)
             self._softmax.append(s)
         self._write(self.features, block, torch.bmm(s, self._key_side(self.values, block)))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from attnreg.readout import gram64, scaled_inverse
 BATCH_ROWS = 768
 """Rows of a mini-batch, about: padding included, whole sequences, one at least."""
 
+GRADIENT_ROWS = 8192
+"""Rows from which the gradient of a whole point is estimated, about."""
+
 
 def minibatches(batches: Sequence[Batch]) -> list[Batch]:
     """Parts of about :data:`BATCH_ROWS` rows, of equal numbers of sequences within a batch."""
@@ -33,15 +37,12 @@ def minibatches(batches: Sequence[Batch]) -> list[Batch]:
     return parts
 
 
-def features_of(
-    objective: Objective, batch: Batch, theta: Tensor, *, products: bool = True
-) -> Features:
+def features_of(objective: Objective, batch: Batch, theta: Tensor) -> Features:
     """Features of one mini-batch."""
     return Features(
         objective.problem,
         objective.model,
         theta,
-        products=products,
         operations=objective.operations,
         batches=[batch],
     )
@@ -69,9 +70,12 @@ def joint_gradient(
 
 
 class Pooled:
-    """The reduced objective and its gradient at one ``theta``, summed over mini-batches.
+    """The reduced objective at one ``theta``, summed over mini-batches in one forward pass.
 
-    What :class:`attnreg.objective.Point` is, without second derivatives.
+    What :class:`attnreg.objective.Point` is, without second derivatives, and with a gradient from a
+    sample: the readout and the loss are those of all rows, in float64 by ``F^T W F``, ``F^T W B``
+    and ``||B||_W^2``; the gradient is that of about :data:`GRADIENT_ROWS` rows, spread over all
+    and scaled up, exact where there are no more.
 
     Args:
         objective: What is minimised.
@@ -79,24 +83,29 @@ class Pooled:
         theta: Flat non-linear parameters; kept as they are given.
 
     Attributes:
-        readout: The minimiser over the readout, normal equations in float64.
-        rank: Rank of these.
+        readout: The minimiser over the readout.
+        rank: Rank of its normal equations.
         loss: ``L`` alone.
         value: ``L`` plus ridges.
-        gradient: By ``theta``, ridges included, flat.
     """
 
     def __init__(self, objective: Objective, batches: Sequence[Batch], theta: Tensor) -> None:
-        self.objective, self.theta = objective, theta
-        self.readout, self.rank = self._solved(batches)
-        self.gradient, self.loss = torch.zeros_like(theta), 0.0
+        self.objective, self.theta, self._batches = objective, theta, batches
+        k = objective.layout.features + int(objective.layout.readout_bias)
+        gram = torch.zeros(k, k, dtype=torch.float64, device=theta.device)
+        right, square = gram.new_zeros(k, objective.problem.d_out), 0.0
         for batch in batches:
-            gradient, _, loss = joint_gradient(objective, batch, theta, self.readout)
-            self.gradient += gradient
-            self.loss += loss
-        objective.count_passes(3)
-        if objective.ridge is not None:
-            objective.add_ridge_gradient(theta - objective.ridge.center, self.gradient)
+            columns = features_of(objective, batch, theta).columns
+            targets = batch.B.flatten(0, 1)
+            left, weights = columns * batch.weights.reshape(-1, 1), batch.weights.reshape(-1, 1)
+            gram += gram64(left, columns)
+            right += gram64(left, targets)
+            square += float((targets.double().square() * weights).sum())
+            objective.operations.projections += product(columns.shape[0], k, k + targets.shape[1])
+        objective.count_passes(1)
+        self.readout, self.rank = self._solved(gram.clone(), right.clone())
+        readout = self.readout.double()
+        self.loss = square + float((readout * (gram @ readout - 2.0 * right)).sum())
         self.value = self.loss + objective.ridge_value(theta, self.readout)
 
     @property
@@ -104,21 +113,31 @@ class Pooled:
         """Loss plus the problem's ridges."""
         return self.value
 
-    def _solved(self, batches: Sequence[Batch]) -> tuple[Tensor, int]:
-        objective, k = self.objective, self.objective.layout.features
-        k += int(objective.layout.readout_bias)
-        out = objective.problem.d_out
-        gram = torch.zeros(k, k, dtype=torch.float64, device=self.theta.device)
-        right = gram.new_zeros(k, out)
-        for batch in batches:
-            columns = features_of(objective, batch, self.theta, products=False).columns
-            left = columns * batch.weights.reshape(-1, 1)
-            gram += gram64(left, columns)
-            right += gram64(left, batch.B.flatten(0, 1))
-            objective.operations.projections += product(columns.shape[0], k, k + out)
+    @cached_property
+    def gradient(self) -> Tensor:
+        """By ``theta``, ridges included, flat; estimated from a sample."""
+        objective, theta = self.objective, self.theta
+        chosen = self._sample()
+        gradient = torch.zeros_like(theta)
+        for batch in chosen:
+            gradient += joint_gradient(objective, batch, theta, self.readout)[0]
+        weight = sum(float(batch.weights.sum()) for batch in chosen)
+        gradient *= objective.problem.total_weight / weight
         if objective.ridge is not None:
-            gram += objective.ridge.readout
-            right += objective.ridge.readout @ objective.ridge.readout_center.double()
+            objective.add_ridge_gradient(theta - objective.ridge.center, gradient)
+        return gradient
+
+    def _sample(self) -> list[Batch]:
+        rows = sum(batch.B.shape[0] * batch.B.shape[1] for batch in self._batches)
+        total = len(self._batches)
+        count = min(total, max(1, round(total * GRADIENT_ROWS / rows)))
+        return [self._batches[i * total // count] for i in range(count)]
+
+    def _solved(self, gram: Tensor, right: Tensor) -> tuple[Tensor, int]:
+        objective, ridge = self.objective, self.objective.ridge
+        if ridge is not None:
+            gram += ridge.readout
+            right += ridge.readout @ ridge.readout_center.double()
         inverse, rank = scaled_inverse(gram, self.theta.dtype)
-        objective.operations.small += product(k, k, out)
+        objective.operations.small += product(gram.shape[0], gram.shape[0], right.shape[1])
         return (inverse @ right).to(self.theta.dtype), rank

@@ -32,7 +32,7 @@ from attnreg.transformers.task import Group, Options, Task, multi_head, window_l
 TEXT, FINAL = "text", "final"
 """Names in the journal of the sampled windows and of the final pass's result."""
 
-FIT_SHARE = 0.3
+FIT_SHARE = 0.5
 """Share of the fits in the time of a conversion with a final pass: measured, see
 ``benchmarks/conversion.py``."""
 
