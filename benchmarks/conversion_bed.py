@@ -136,9 +136,7 @@ def adam(
     return {name: value.detach() for name, value in weights.items()}
 
 
-def peer(
-    method: str, seconds: float, rates: Sequence[float], windows: int
-) -> Callable[..., Any]:
+def peer(method: str, seconds: float, rates: Sequence[float], windows: int) -> Callable[..., Any]:
     """What takes the place of `fit_layer` for a method."""
     from attnreg.transformers import layer_fit
     from attnreg.transformers.starts import best_start, solve_readout, starts
