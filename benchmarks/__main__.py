@@ -22,6 +22,7 @@ NAMES = (
     "certificates",
     "real_layer",
     "conversion",
+    "conversion_minilm",
     "planted",
 )  # the shortest first
 

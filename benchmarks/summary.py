@@ -25,8 +25,13 @@ COLOURS |= {"newton-cg": "tab:olive", "marquardt": "tab:purple", "scipy": "tab:r
 
 def main() -> None:
     """Prints the figures; draws the real layer on the left, the planted problems on the right."""
-    results = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in LINES}
+    results = {}
     for name, lines in LINES.items():
+        path = RESULTS / f"{name}.json"
+        if not path.is_file():
+            console.print(f"{name}: no results; run python -m benchmarks.{name}")
+            continue
+        results[name] = json.loads(path.read_text())
         for line in lines(results[name]):
             console.print(line)
     planted, layer = results["planted"], results["real_layer"]
@@ -159,6 +164,20 @@ def _sketch(content: dict[str, Any]) -> list[str]:
     return [f"sketch: {sum(failures)} of {len(failures) * seeds} samples outside 1 +- eps"]
 
 
+def _conversion(content: dict[str, Any]) -> list[str]:
+    lines = []
+    for student in dict.fromkeys(row["student"] for row in content["rows"]):
+        rows = [row for row in content["rows"] if row["student"] == student]
+        score = "cosine" if "cosine" in rows[0] else "excess_nats"
+        found = []
+        for row in rows:
+            seconds = row["seconds_a_layer"]
+            name = f"{row['method']} {seconds:g} s" if seconds else row["method"]
+            found.append(f"{name} {row[score]:.3f}")
+        lines.append(f"conversion, {student}, {score.replace('_', ' ')}: {', '.join(found)}")
+    return lines
+
+
 LINES = {
     "planted": _planted,
     "real_layer": _layer,
@@ -170,6 +189,8 @@ LINES = {
     "inner_iterations": _inner_iterations,
     "complexity": _complexity,
     "sketch": _sketch,
+    "conversion": _conversion,
+    "conversion_minilm": _conversion,
 }
 
 

@@ -5,8 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import planted, summary
+from attnreg import AttentionProblem, MultiHead
+from attnreg.models import Rotary
+from attnreg.result import predict
+from benchmarks import common, conversion_bed, conversion_minilm, planted, summary
 from benchmarks.planted_problem import NOISE
 from benchmarks.planted_problem import planted as instance_of
 
@@ -91,3 +95,74 @@ def test_the_figures_of_the_readme_come_from_the_results(tmp_path, monkeypatch):
     issued = re.search("2000 problems, ([0-9]+) issued, 0 violations", text)
     assert issued
     assert f"{int(issued[1]):,} certificates were issued" in " ".join(readme.split())
+
+
+@pytest.mark.parametrize("rotary", [None, Rotary((1.0, 0.25))])
+@pytest.mark.parametrize("bias", [False, True])
+def test_features_of_the_peer_are_those_of_the_package(rotary, bias):
+    model = MultiHead(4, 2, 4, bias=bias, rotary=rotary)
+    sequences = [torch.randn(n, 8) for n in (5, 5, 4)]  # one batch, padded
+    problem = AttentionProblem(sequences, sequences, mask="causal" if rotary else None)
+    sizes = {"Q": (8, 16), "K": (8, 8), "V": (8, 8), "O": (16, 8)}
+    weights = {f"W_{name}": torch.randn(size) for name, size in sizes.items()}
+    if bias:
+        weights |= {f"b_{name}": torch.randn(size[1]) for name, size in sizes.items()}
+    (batch,) = problem.batches
+    output = conversion_bed.features(model, weights, batch) @ weights["W_O"]
+    output = output + weights.get("b_O", 0.0)
+    for wanted, found in zip(
+        predict(model, weights, problem), problem.unpad([output]), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)  # float32, entries near 10
+
+
+def test_runs_tell_repeated_text():
+    first, shifted = list(range(100)), [-1, *range(40, 72), -2]
+    assert not conversion_minilm.runs(first).isdisjoint(conversion_minilm.runs(shifted))
+    assert conversion_minilm.runs(first).isdisjoint(conversion_minilm.runs(shifted[:-2]))
+
+
+def _bed(done, name="tiny"):
+    return conversion_bed.Bed(
+        name=name,
+        title=name,
+        layers=2,
+        students={"a": {"kv_heads": 1}},
+        seconds=(3.0,),
+        rates=(1e-3,),
+        windows=1,
+        prepare=lambda sizes, fields: done.append(fields),
+        score=lambda folder: {},
+        facts={"known": 1},
+    )
+
+
+def test_conversion_rows_are_kept_and_left_out(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(conversion_bed.console, "print", lambda *text: lines.append(str(text[0])))
+    for module in (common, conversion_bed):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    asked = []
+
+    def measure(bed, student, method, seconds, rates):
+        asked.append((student, method, seconds))
+        if method == "svd":
+            raise conversion_bed.NotApplicable("no such start")
+        return {"student": student, "method": method, "seconds_a_layer": seconds, "seconds": 1.0}
+
+    monkeypatch.setattr(conversion_bed, "measure", measure)
+    conversion_bed.run(_bed([]), None, ["--methods", "mean", "svd"])
+    assert asked == [("a", "mean", 0.0), ("a", "svd", 0.0)]
+    assert "a, svd left out: no such start" in lines
+    asked.clear()
+    conversion_bed.run(_bed([]), None, ["--methods", "mean", "ours", "--resume"])
+    assert asked == [("a", "ours", 3.0)]
+    written = json.loads((tmp_path / "tiny.json").read_text())
+    assert written["known"] == 1
+    assert [row["method"] for row in written["rows"]] == ["mean", "ours"]
+
+
+def test_the_clock_bounds_ours_for_all_layers():
+    fields = conversion_bed.settings(_bed([]), "ours", 3.0)
+    assert fields["max_seconds"] == 6.0
+    assert conversion_bed.settings(_bed([]), "adam", 3.0)["max_seconds"] is None
