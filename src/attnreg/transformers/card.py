@@ -107,7 +107,7 @@ def model_card(report: Mapping[str, Any]) -> str:
     ]
     layers = [
         f"| {', '.join(map(str, layer['layers']))} | {_sizes(layer['original'])} "
-        f"| {_sizes(layer['student'])} | {layer['start']} "
+        f"| {_sizes(layer['student'])} | {layer['start']} | {layer['ridge']:g} | {layer['step']:g} "
         f"| {layer['start_error']:.4f} | {layer['held_out_error']:.4f} |"
         for layer in report["layers"]
     ]
@@ -128,7 +128,8 @@ def model_card(report: Mapping[str, Any]) -> str:
         *rows,
         "",
         f"Held-out text: {text['held_out']['windows']} windows, {text['held_out']['tokens']} "
-        f"tokens of {text['source']}, a split of the calibration text that nothing was fitted on. "
+        f"tokens of {text['source']}, a split of the calibration text that nothing was fitted on; "
+        "but it chose where each fit ends, so that its numbers are slightly optimistic. "
         f"Fitted on {text['fit']['windows']} windows, {text['fit']['tokens']} tokens"
         f"{_generated(text['generated'])}.",
         "",
@@ -136,10 +137,12 @@ def model_card(report: Mapping[str, Any]) -> str:
         "",
         "Sizes are query heads / key/value heads / width of a head. Errors are relative errors of "
         "the attention's output on held-out text, on the student's own inputs: of the start, and "
-        "of the fit.",
+        "of the fit. The held-out text chose the strength of the ridge that pulls a fit towards "
+        "its start, and the step: how far from the start (0) to the end of that fit (1).",
         "",
-        "| layer | original | student | start | error of the start | error of the fit |",
-        "|---|---|---|---|---|---|",
+        "| layer | original | student | start | ridge | step | error of the start "
+        "| error of the fit |",
+        "|---|---|---|---|---|---|---|---|",
         *layers,
         *_final(report["final_pass"]),
         "",

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnreg.fitting import fit
 from attnreg.models import Model, MultiHead
 from attnreg.problem import AttentionProblem
-from attnreg.records import IterationRecord
 from attnreg.result import predict
+from attnreg.transformers.regularised import Bounds, regularised_fit
 from attnreg.transformers.shapes import AttentionShape
 from attnreg.transformers.starts import best_start
 from attnreg.transformers.streaming import Blockwise
@@ -40,8 +39,12 @@ class LayerFit:
         tried: Relative error of every start on a sample of the fitted windows.
         start_error: Held-out relative error of the start.
         error: Relative error on the fitted windows, before rounding.
-        held_out_error: Relative error on the held-out windows.
-        iterations: Iterations of the fit.
+        held_out_error: Relative error on the held-out windows: the least of the start, the stages
+            of the fit and the points between, so slightly optimistic.
+        iterations: Iterations of the fit, all stages together.
+        ridge: Strength of the pull towards the start in the stage that the weights are from.
+        step: How far from the start (0) to the end of that stage (1) they lie.
+        path: Held-out relative error at the end of every stage, by strength.
     """
 
     weights: dict[str, Tensor]
@@ -51,6 +54,9 @@ class LayerFit:
     error: float
     held_out_error: float
     iterations: int
+    ridge: float = 0.0
+    step: float = 1.0
+    path: dict[str, float] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """All but the weights."""
@@ -70,7 +76,11 @@ def fit_layer(
     saved: torch.dtype,
     progress: Callable[[int, float], None] | None = None,
 ) -> LayerFit:
-    """Fits a student's layer; of its start and the fit the one with the lower held-out error.
+    """Fits a student's layer, pulled towards its start as far as that lowers held-out error.
+
+    The held-out windows also choose the strength of the pull and where the fit ends, so that the
+    errors on them are slightly optimistic; they are not taken from the fitted windows, because the
+    choice matters where those are few.
 
     Args:
         problem: The windows to fit on, with the student's logit scale.
@@ -78,8 +88,8 @@ def fit_layer(
         teacher: The original's layer.
         model: The student's layer.
         start: Weights to start from; None: the best start of the original's weights.
-        max_iterations: Bound on the iterations.
-        max_seconds: Bound on the time.
+        max_iterations: Bound on the iterations, all stages together.
+        max_seconds: Bound on their time.
         seed: Seed of the fit.
         saved: The dtype that the weights are saved in.
         progress: Called with the iteration and the relative error.
@@ -94,33 +104,33 @@ def fit_layer(
     else:
         name, init, tried = "the pass before", dict(start), {}
 
-    def observe(record: IterationRecord) -> None:
-        if progress is not None:
-            progress(record.iteration, problem.relative_error(record.loss))
+    def held_out(weights: Mapping[str, Tensor]) -> float:
+        return relative_error(validation, model, _rounded(weights, saved))
 
-    result = fit(
+    found = regularised_fit(
         problem,
         model,
+        init,
+        held_out,
         solver=solver_for(
             problem.n_rows * problem.d_out, sum(value.numel() for value in init.values())
         ),
-        init=init,
-        max_iterations=max_iterations,
-        max_seconds=max_seconds,
+        bounds=Bounds(max_iterations, max_seconds),
         seed=seed,
-        callback=observe,
+        progress=progress,
     )
-    options = [_rounded(init, saved), _rounded(result.parameters, saved)]
-    errors = [relative_error(validation, model, weights) for weights in options]
-    chosen = 1 if errors[1] <= errors[0] else 0
+    rounded, error = _rounded(found.weights, saved), found.error
     return LayerFit(
-        weights=options[chosen],
+        weights=rounded,
         start=name,
         tried=tried,
-        start_error=errors[0],
-        error=problem.relative_error(result.loss if chosen else result.history[0].loss),
-        held_out_error=errors[chosen],
-        iterations=result.history[-1].iteration if result.history else 0,
+        start_error=found.start_error,
+        error=relative_error(problem, model, rounded) if error is None else error,
+        held_out_error=found.held_out_error,
+        iterations=found.iterations,
+        ridge=found.strength,
+        step=found.step,
+        path=found.path,
     )
 
 
