@@ -10,8 +10,12 @@ same targets, and differs only in how a layer is fitted:
     adam      from that start: Adam, mini-batches of whole windows, fused attention, a cosine over
               its seconds, W_O solved at the end, best of some rates (four) by held-out error
     ours      from that start: `attnreg.fit`
+    adam+     adam for half of the time, then our final pass over the whole model for the other half
+    final     ours for half of the time, then the final pass: what `attnreg compress` does
 
-Seconds a layer are those of one fit (adam: of one rate, so that it is given four times as long).
+Seconds a layer are those of one fit (adam: of one rate, so that it is given four times as long);
+the last two share the same time in all between fits and final pass. Everybody has the same data:
+the text, and with `--generate` tokens that the original itself has written.
 Where the groups cannot be of neighbours, the first three take those of alike heads; a row that a
 student's sizes do not allow is left out, and why is printed.
 """
@@ -35,9 +39,11 @@ from torch.nn import functional
 
 from benchmarks.common import RESULTS, command_line, console, machine, parse, print_table, save
 
-METHODS = ("mean", "first", "svd", "start", "adam", "ours")
+METHODS = ("mean", "first", "svd", "start", "adam", "ours", "adam+", "final")
 UNFITTED = ("mean", "first", "svd")
-TIMED = ("adam", "ours")
+TIMED = METHODS[4:]
+OURS = ("ours", "final")
+KEY = ("student", "method", "seconds_a_layer", "generated_tokens")
 
 
 class NotApplicable(Exception):
@@ -56,6 +62,7 @@ class Bed:
         seconds: A layer, where none are asked for.
         rates: Of Adam, where none are asked for.
         windows: In a mini-batch of Adam.
+        generate: Tokens that the original writes, where no other number is asked for.
         prepare: Makes the task of a conversion out of sizes and fields of `Options`.
         score: Scores of a converted folder by name, the first of them for the table.
         facts: About the bed, for the file of results.
@@ -68,6 +75,7 @@ class Bed:
     seconds: tuple[float, ...]
     rates: tuple[float, ...]
     windows: int
+    generate: int
     prepare: Callable[[Mapping[str, int], Mapping[str, Any]], Any]
     score: Callable[[Path], dict[str, float]]
     facts: Mapping[str, Any]
@@ -185,23 +193,30 @@ def peer(method: str, seconds: float, rates: Sequence[float], windows: int) -> C
 # ---------------------------------------------------------------------- the rows
 
 
-def settings(bed: Bed, method: str, seconds: float) -> dict[str, Any]:
-    """Fields of `Options`; time bounds ours alone, since peers keep theirs themselves."""
-    bound = seconds * bed.layers if method == "ours" else None
-    return {"max_iterations": 10**6, "max_seconds": bound, "final_steps": 0}
+def settings(bed: Bed, method: str, seconds: float, generate: int) -> dict[str, Any]:
+    """Fields of `Options`; time bounds ours and the final pass, peers keep theirs themselves."""
+    bound = seconds * bed.layers if method in TIMED[1:] else None
+    steps = 10**6 if method in ("adam+", "final") else 0
+    return {
+        "max_iterations": 10**6,
+        "max_seconds": bound,
+        "final_steps": steps,
+        "generate": generate,
+    }
 
 
 def measure(
-    bed: Bed, student: str, method: str, seconds: float, rates: Sequence[float]
+    bed: Bed, student: str, method: str, seconds: float, generate: int, rates: Sequence[float]
 ) -> dict[str, Any]:
     """One conversion and its scores."""
     from attnreg.transformers import stages
     from attnreg.transformers.convert import convert
 
-    task = bed.prepare(bed.students[student], settings(bed, method, seconds))
+    task = bed.prepare(bed.students[student], settings(bed, method, seconds, generate))
     fit_layer = stages.fit_layer
-    if method != "ours":
-        fit_layer = peer(method, seconds, rates, bed.windows)
+    if method not in OURS:
+        own = seconds * stages.FIT_SHARE if method == "adam+" else seconds
+        fit_layer = peer(method.removesuffix("+"), own, rates, bed.windows)
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "student"
         with mock.patch.object(stages, "fit_layer", fit_layer):
@@ -212,7 +227,8 @@ def measure(
         "student": student,
         "method": method,
         "seconds_a_layer": seconds,
-        "rates": list(rates) if method == "adam" else None,
+        "generated_tokens": generate,
+        "rates": list(rates) if method.startswith("adam") else None,
         "seconds": done.seconds,
         **scores,
         "starts": [layer["start"] for layer in layers],
@@ -227,6 +243,7 @@ def arguments_of(bed: Bed, description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seconds", nargs="+", type=float, default=list(bed.seconds))
     parser.add_argument("--rates", nargs="+", type=float, default=list(bed.rates), help="of Adam")
+    parser.add_argument("--generate", type=int, default=bed.generate, metavar="TOKENS")
     parser.add_argument("--resume", action="store_true", help="keep the rows of the last run")
     return parser
 
@@ -240,9 +257,9 @@ def run(bed: Bed, description: str | None, arguments: Sequence[str] | None) -> N
     rows: list[dict[str, Any]] = []
     if options.resume and path.is_file():
         rows = json.loads(path.read_text())["rows"]
-    known = {(r["student"], r["method"], r["seconds_a_layer"]) for r in rows}
+    known = {tuple(r[name] for name in KEY) for r in rows}
     asked = [
-        (student, method, seconds)
+        (student, method, seconds, options.generate)
         for student in options.students
         for method in options.methods
         for seconds in (options.seconds if method in TIMED else [0.0])
@@ -263,16 +280,24 @@ def show(bed: Bed, rows: Sequence[Mapping[str, Any]]) -> None:
     """The rows as a table."""
     if not rows:
         return
-    common = ("student", "method", "seconds_a_layer", "rates", "seconds")
+    common = (*KEY, "rates", "seconds")
     scores = [n for n in rows[0] if n not in (*common, "starts", "held_out_errors")]
     print_table(
         bed.title,
-        ("student", "method", "seconds a layer", "seconds", *(n.replace("_", " ") for n in scores)),
+        (
+            "student",
+            "method",
+            "seconds a layer",
+            "generated",
+            "seconds",
+            *(n.replace("_", " ") for n in scores),
+        ),
         [
             (
                 r["student"],
                 r["method"],
                 f"{r['seconds_a_layer']:g}",
+                f"{r['generated_tokens']}",
                 f"{r['seconds']:.0f}",
                 *(f"{r[name]:.4f}" for name in scores),
             )

@@ -93,6 +93,7 @@ def bed(calibration: int = CALIBRATION, scored: int = SCORED) -> Bed:
         seconds=(20.0,),
         rates=(5e-4, 1e-3, 2e-3, 4e-3),
         windows=4,
+        generate=0,
         prepare=task,
         score=score,
         facts={"calibration_windows": len(documents), "scored_chunks": len(chunks)},

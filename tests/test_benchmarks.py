@@ -131,6 +131,7 @@ def _bed(done, name="tiny"):
         seconds=(3.0,),
         rates=(1e-3,),
         windows=1,
+        generate=5,
         prepare=lambda sizes, fields: done.append(fields),
         score=lambda folder: {},
         facts={"known": 1},
@@ -144,25 +145,33 @@ def test_conversion_rows_are_kept_and_left_out(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     asked = []
 
-    def measure(bed, student, method, seconds, rates):
-        asked.append((student, method, seconds))
+    def measure(bed, student, method, seconds, generate, rates):
+        asked.append((student, method, seconds, generate))
         if method == "svd":
             raise conversion_bed.NotApplicable("no such start")
-        return {"student": student, "method": method, "seconds_a_layer": seconds, "seconds": 1.0}
+        return dict(zip(conversion_bed.KEY, asked[-1], strict=True)) | {"seconds": 1.0}
 
     monkeypatch.setattr(conversion_bed, "measure", measure)
     conversion_bed.run(_bed([]), None, ["--methods", "mean", "svd"])
-    assert asked == [("a", "mean", 0.0), ("a", "svd", 0.0)]
+    assert asked == [("a", "mean", 0.0, 5), ("a", "svd", 0.0, 5)]
     assert "a, svd left out: no such start" in lines
     asked.clear()
     conversion_bed.run(_bed([]), None, ["--methods", "mean", "ours", "--resume"])
-    assert asked == [("a", "ours", 3.0)]
+    assert asked == [("a", "ours", 3.0, 5)]
+    asked.clear()
+    conversion_bed.run(_bed([]), None, ["--methods", "ours", "--resume", "--generate", "0"])
+    assert asked == [("a", "ours", 3.0, 0)]
     written = json.loads((tmp_path / "tiny.json").read_text())
     assert written["known"] == 1
-    assert [row["method"] for row in written["rows"]] == ["mean", "ours"]
+    assert [row["method"] for row in written["rows"]] == ["mean", "ours", "ours"]
 
 
-def test_the_clock_bounds_ours_for_all_layers():
-    fields = conversion_bed.settings(_bed([]), "ours", 3.0)
-    assert fields["max_seconds"] == 6.0
-    assert conversion_bed.settings(_bed([]), "adam", 3.0)["max_seconds"] is None
+@pytest.mark.parametrize(
+    ("method", "bound", "final"),
+    [("adam", None, False), ("ours", 6.0, False), ("adam+", 6.0, True), ("final", 6.0, True)],
+)
+def test_the_clock_bounds_ours_for_all_layers(method, bound, final):
+    fields = conversion_bed.settings(_bed([]), method, 3.0, 5)
+    assert fields["max_seconds"] == bound
+    assert (fields["final_steps"] > 0) == final
+    assert fields["generate"] == 5
