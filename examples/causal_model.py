@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from attnreg.transformers.adapters import adapter_for
 from attnreg.transformers.checkpoint import Checkpoint
 from attnreg.transformers.convert import convert
+from attnreg.transformers.display import ConversionDisplay
 from attnreg.transformers.plan import Plan, Setting
 from attnreg.transformers.task import Options, prepare
 
@@ -23,7 +24,8 @@ def main(model: str, calibration: str, out: str) -> None:
     kv_heads = adapter_for(config).shape(config, 0).kv_heads
     plan = Plan(Setting(kv_heads=kv_heads // 2))
     task = prepare(model, plan, calibration, Options(max_iterations=10, final_steps=100))
-    done = convert(task, out, observer=lambda progress: print(progress, file=sys.stderr))
+    with ConversionDisplay(task.options, enabled=sys.stderr.isatty()) as display:
+        done = convert(task, out, observer=display.update)
     print(f"excess on held-out text: {done.excess:.4f} nats per token")
     if task.obstacle is None:
         student = AutoModelForCausalLM.from_pretrained(out)

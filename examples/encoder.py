@@ -15,6 +15,7 @@ import attnreg
 from attnreg.transformers.adapters import adapter_for
 from attnreg.transformers.checkpoint import Checkpoint
 from attnreg.transformers.convert import convert
+from attnreg.transformers.display import ConversionDisplay
 from attnreg.transformers.plan import Plan, Setting
 from attnreg.transformers.task import Options, prepare
 
@@ -31,7 +32,9 @@ def main(model: str, calibration: str, out: str) -> None:
     config = Checkpoint.open(model).config
     kv_heads = adapter_for(config).shape(config, 0).kv_heads
     task = prepare(model, Plan(Setting(kv_heads=kv_heads // 3)), calibration, Options())
-    print(f"held-out cosine: {convert(task, out).cosine:.4f}")
+    with ConversionDisplay(task.options, enabled=sys.stderr.isatty()) as display:
+        done = convert(task, out, observer=display.update)
+    print(f"held-out cosine: {done.cosine:.4f}")
     tokenizer = AutoTokenizer.from_pretrained(model)
     before = embed(AutoModel.from_pretrained(model).eval(), tokenizer)
     after = embed(attnreg.load(out).eval(), tokenizer)

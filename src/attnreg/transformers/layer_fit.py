@@ -69,14 +69,13 @@ def fit_layer(
     teacher: Teacher,
     model: MultiHead,
     *,
-    start: Mapping[str, Tensor] | None,
     max_iterations: int,
     max_seconds: float | None,
     seed: int,
     saved: torch.dtype,
     progress: Callable[[int, float], None] | None = None,
 ) -> LayerFit:
-    """Fits a student's layer, pulled towards its start as far as that lowers held-out error.
+    """Fits a student's layer, pulled towards its best start as far as that lowers held-out error.
 
     The held-out windows also choose the strength of the pull and where the fit ends, so that the
     errors on them are slightly optimistic; they are not taken from the fitted windows, because the
@@ -87,7 +86,6 @@ def fit_layer(
         validation: The held-out windows.
         teacher: The original's layer.
         model: The student's layer.
-        start: Weights to start from; None: the best start of the original's weights.
         max_iterations: Bound on the iterations, all stages together.
         max_seconds: Bound on their time.
         seed: Seed of the fit.
@@ -97,12 +95,8 @@ def fit_layer(
     Returns:
         The fit.
     """
-    if start is None:
-        original, weights = teacher
-        best = best_start(sample(problem, SCORED_ROWS), original, weights, model)
-        name, init, tried = best.name, best.weights, dict(best.tried)
-    else:
-        name, init, tried = "the pass before", dict(start), {}
+    original, weights = teacher
+    best = best_start(sample(problem, SCORED_ROWS), original, weights, model)
 
     def held_out(weights: Mapping[str, Tensor]) -> float:
         return relative_error(validation, model, _rounded(weights, saved))
@@ -110,10 +104,10 @@ def fit_layer(
     found = regularised_fit(
         problem,
         model,
-        init,
+        best.weights,
         held_out,
         solver=solver_for(
-            problem.n_rows * problem.d_out, sum(value.numel() for value in init.values())
+            problem.n_rows * problem.d_out, sum(value.numel() for value in best.weights.values())
         ),
         bounds=Bounds(max_iterations, max_seconds),
         seed=seed,
@@ -122,8 +116,8 @@ def fit_layer(
     rounded, error = _rounded(found.weights, saved), found.error
     return LayerFit(
         weights=rounded,
-        start=name,
-        tried=tried,
+        start=best.name,
+        tried=dict(best.tried),
         start_error=found.start_error,
         error=relative_error(problem, model, rounded) if error is None else error,
         held_out_error=found.held_out_error,

@@ -139,7 +139,6 @@ def measure(
                     ),
                     (multi_head(group.original), weights),
                     multi_head(student),
-                    start=None,
                     max_iterations=options.max_iterations,
                     max_seconds=None,
                     seed=options.seed,

@@ -218,7 +218,6 @@ class Stages:
             parts[1],
             (multi_head(group.original), weights),
             multi_head(group.student),
-            start=None,
             max_iterations=options.max_iterations,
             max_seconds=self.seconds(fit_share(options) / len(self.changed)),
             seed=options.seed,
