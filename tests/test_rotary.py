@@ -268,6 +268,27 @@ def planted(model, sequences=12, n=16, d=8):
 
 
 @pytest.mark.parametrize("norm_eps", [None, 1e-3])
+def test_a_ridge_holds_the_weights_and_leaves_the_gains(norm_eps):
+    """It is quadratic about its centre, so that central differences are exact; gains are free."""
+    model = MultiHead(2, 1, 4, 3, ("query", "key", "value"), HALF, norm_eps)
+    problem, start = planted(model)
+    problem = problem.replace(ridge_x=1e-3, ridge_y=1e-2, center=start)
+    objective = Objective(problem, model)
+    theta, readout = model.split(problem, start)
+    assert objective.ridge_value(theta, readout) == 0.0
+    generator = torch.Generator().manual_seed(3)
+    away, along = torch.randn(2, len(theta), dtype=theta.dtype, generator=generator)
+    gradient = torch.zeros_like(theta)
+    objective.add_ridge_gradient(away, gradient)
+    ends = [objective.ridge_value(theta + away + side * along, readout) for side in (1.0, -1.0)]
+    assert float(gradient @ along) == pytest.approx((ends[0] - ends[1]) / 2, rel=1e-9)
+    if norm_eps is not None:
+        assert bool((gradient[-8:] == 0).all())  # the gains of queries and keys come last
+    result = fit(problem, model, init=start, max_iterations=3)
+    assert result.regularised_loss <= result.history[0].regularised
+
+
+@pytest.mark.parametrize("norm_eps", [None, 1e-3])
 def test_fit_finds_a_planted_layer(norm_eps, tmp_path):
     model = MultiHead(2, 1, 4, 3, ("query", "key", "value"), HALF, norm_eps)
     problem, near = planted(model)

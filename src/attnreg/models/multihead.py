@@ -344,14 +344,12 @@ class MultiHead(Model):
         theta, readout = self.split(problem, problem.center)
         metric = self.natural_metric(problem, theta, readout)
         output = problem.ridge_y * _mean_square(problem)  # the metric measures outputs in its root
-        strengths = (problem.ridge_x, problem.ridge_x, output)
+        strengths = (problem.ridge_x, problem.ridge_x, output, *(0.0 for _ in self._gains))
         right = tuple(s * m for s, m in zip(strengths, metric, strict=True))
         columns = Features(problem, self, theta, products=False).columns.double()
         weights = torch.cat([batch.weights.flatten() for batch in problem.batches]).double()
         gram = columns.mT @ (weights[:, None] * columns)
         return Ridge(theta, right, readout, problem.ridge_y * gram)
-
-    # ------------------------------------------------------------------ sizes
 
     # ------------------------------------------------------------------ sizes
 
