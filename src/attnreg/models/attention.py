@@ -43,6 +43,10 @@ from attnreg.operations import Operations
 BLOCK_BYTES = 2 << 20
 """Size of one block of the softmax matrix: measured best between 1 and 4 MiB on CPUs."""
 
+CAUSAL_ROWS = 64
+"""Rows of a block where it is causal: keys after its last row are left out. Measured: a gradient in
+0.6 to 0.85 times the time of whole matrices, for 256 to 512 rows and heads 8 to 64 wide."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -85,6 +89,8 @@ def plan_blocks(
     room = max(1, BLOCK_BYTES // itemsize)
     # A block of as many rows as the window is wide meets twice as many keys.
     most = n if window is None or n <= 2 * window else max(16, window)
+    if causal:
+        most = min(most, CAUSAL_ROWS)
     span = m if most == n or window is None else min(m, most + window - 1)
     per_head = r * most * span
     sequences = max(1, min(b, room // (per_head * g)))
