@@ -19,7 +19,7 @@ from attnreg.objective import Objective
 from attnreg.operations import product
 from attnreg.readout import gram64, scaled_inverse
 
-BATCH_ROWS = 768
+BATCH_ROWS = 512
 """Rows of a mini-batch, about: padding included, whole sequences, one at least."""
 
 GRADIENT_ROWS = 8192

@@ -10,8 +10,8 @@ mean over the tokens of a mini-batch. The end of the original is known from its 
 after the last block, so that a step runs the student alone, forward and back. Derivatives are
 torch's, through transformers' own modules; nothing but attention weights moves, and the gains of
 head norms stay. The steps are Adam's (Kingma and Ba 2015); the rate of a tensor is :data:`RATE`
-times its root mean square at the start, rises over :data:`WARM_UP` steps and falls to zero along a
-cosine. :data:`CHECKS` times in the pass the weights, rounded to the dtype that they are saved in,
+times its root mean square at the start over the root of the model's width, rises over
+:data:`WARM_UP` steps and falls to zero along a cosine. :data:`CHECKS` times in the pass the weights, rounded to the dtype that they are saved in,
 are scored on the held-out windows, and the best are the result: the held-out numbers of a
 conversion are those of the best of so many, which flatters them a little.
 
@@ -37,7 +37,7 @@ from attnreg.transformers.streaming import Blockwise
 STEP_TOKENS = 1024
 """Tokens of a mini-batch, padding included (or one window)."""
 
-RATE = 0.02
+RATE = 0.16
 WARM_UP = 20
 MOMENTS = (0.9, 0.95)
 CHECKS = 8
@@ -102,7 +102,8 @@ class Refinement:
                 self._weights += attention_weights(runner.adapter, block)
         for weight in self._weights:
             weight.requires_grad_(True)
-        self._rates = [RATE * _size(weight) for weight in self._weights]
+        scale = RATE / original.shape[1] ** 0.5
+        self._rates = [scale * _size(weight) for weight in self._weights]
         self._adam = torch.optim.Adam([{"params": w} for w in self._weights], 0, MOMENTS)
 
     def run(
