@@ -11,9 +11,10 @@ after the last block, so that a step runs the student alone, forward and back. D
 torch's, through transformers' own modules; nothing but attention weights moves, and the gains of
 head norms stay. The steps are Adam's (Kingma and Ba 2015); the rate of a tensor is :data:`RATE`
 times its root mean square at the start over the root of the model's width, rises over
-:data:`WARM_UP` steps and falls to zero along a cosine. :data:`CHECKS` times in the pass the weights, rounded to the dtype that they are saved in,
-are scored on the held-out windows, and the best are the result: the held-out numbers of a
-conversion are those of the best of so many, which flatters them a little.
+:data:`WARM_UP` steps and falls to zero along a cosine. :data:`CHECKS` times in the pass the
+weights, rounded to the dtype that they are saved in, are scored on the held-out windows, and the
+best are the result: the held-out numbers of a conversion are those of the best of so many, which
+flatters them a little.
 
 All blocks are in memory at once, in float32.
 """
