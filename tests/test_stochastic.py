@@ -90,13 +90,13 @@ def test_the_reduced_objective_is_the_same_in_parts(ridge):
 
 @pytest.mark.usefixtures("small_batches")
 def test_a_sampled_gradient_is_that_of_its_sequences(monkeypatch):
-    monkeypatch.setattr(minibatches, "GRADIENT_ROWS", 60)
+    monkeypatch.setattr(minibatches, "SAMPLE_ROWS", 60)
     problem, start = planted()
     theta, _ = MODEL.split(problem, start)
     objective = Objective(problem, MODEL)
     parts = cut(problem.batches)
     pooled = Pooled(objective, parts, theta)
-    chosen = pooled._sample()
+    chosen = minibatches.spread(parts, 60)
     assert 1 < len(chosen) < len(parts)
     # All rows at once, those of the other sequences with weight 0.
     numbers = {i for part in chosen for i in part.index}
@@ -146,7 +146,9 @@ def test_it_comes_near_the_minimum_and_is_reproducible():
 
 
 @pytest.mark.usefixtures("small_batches")
-def test_it_is_never_worse_than_the_start(monkeypatch):
+@pytest.mark.parametrize("rows", [8192, 60])
+def test_it_is_never_worse_than_the_start(monkeypatch, rows):
+    monkeypatch.setattr(stochastic, "SAMPLE_ROWS", rows)
     monkeypatch.setattr(stochastic, "RATE", 1e6)  # diverges
     problem, start = planted()
     theta, _ = MODEL.split(problem, start)
@@ -154,6 +156,9 @@ def test_it_is_never_worse_than_the_start(monkeypatch):
     begun = Point(objective, objective.features(theta)).loss
     result = attnreg.fit(problem, MODEL, init=start, solver="stochastic", max_iterations=3)
     assert result.loss == pytest.approx(begun, rel=1e-11)
+    none = attnreg.fit(problem, MODEL, init=start, solver="stochastic", max_iterations=0)
+    assert none.loss == pytest.approx(begun, rel=1e-11)
+    assert (none.history[0].loss == pytest.approx(begun, rel=1e-11)) == (rows == 8192)
 
 
 @pytest.mark.usefixtures("small_batches")

@@ -208,6 +208,9 @@ class AttentionProblem:
     @cached_property
     def gram_query(self) -> Tensor:
         """G1, the weighted Gram matrix of A1: (d_query, d_query), float64."""
+        unweighted = all(bool((weights == 1).all()) for weights in self._sequences.weights)
+        if unweighted and self._sequences.A1 is self._sequences.A2:
+            return self.gram_key
         return gram((b.A1 for b in self.batches), (b.weights for b in self.batches))
 
     @cached_property

@@ -22,8 +22,8 @@ from attnreg.readout import gram64, scaled_inverse
 BATCH_ROWS = 512
 """Rows of a mini-batch, about: padding included, whole sequences, one at least."""
 
-GRADIENT_ROWS = 8192
-"""Rows from which the gradient of a whole point is estimated, about."""
+SAMPLE_ROWS = 8192
+"""Rows from which a start and a gradient are estimated, about."""
 
 
 def minibatches(batches: Sequence[Batch]) -> list[Batch]:
@@ -69,17 +69,26 @@ def joint_gradient(
     return gradient, slope, loss
 
 
+def spread(batches: Sequence[Batch], rows: int) -> list[Batch]:
+    """Mini-batches spread over all, with about so many rows in all; all if there are no more."""
+    total = len(batches)
+    ours = sum(batch.B.shape[0] * batch.B.shape[1] for batch in batches)
+    count = min(total, max(1, round(total * rows / ours)))
+    return [batches[i * total // count] for i in range(count)]
+
+
 class Pooled:
     """The reduced objective at one ``theta``, summed over mini-batches in one forward pass.
 
-    What :class:`attnreg.objective.Point` is, without second derivatives, and with a gradient from a
-    sample: the readout and the loss are those of all rows, in float64 by ``F^T W F``, ``F^T W B``
-    and ``||B||_W^2``; the gradient is that of about :data:`GRADIENT_ROWS` rows, spread over all
-    and scaled up, exact where there are no more.
+    What :class:`attnreg.objective.Point` is, without second derivatives: the readout and the loss
+    come, in float64, from ``F^T W F``, ``F^T W B`` and ``||B||_W^2``, the gradient from a second
+    pass over about :data:`SAMPLE_ROWS` rows. What is summed over some of the rows is scaled up to
+    all, so that with all mini-batches readout and loss are exact, with some of them estimates; the
+    gradient is exact where there are no more rows.
 
     Args:
         objective: What is minimised.
-        batches: All rows, in mini-batches.
+        batches: Mini-batches.
         theta: Flat non-linear parameters; kept as they are given.
 
     Attributes:
@@ -96,13 +105,15 @@ class Pooled:
         right, square = gram.new_zeros(k, objective.problem.d_out), 0.0
         for batch in batches:
             columns = features_of(objective, batch, theta).columns
-            targets = batch.B.flatten(0, 1)
-            left, weights = columns * batch.weights.reshape(-1, 1), batch.weights.reshape(-1, 1)
+            targets, weights = batch.B.flatten(0, 1), batch.weights.reshape(-1, 1)
+            left = columns * weights
             gram += gram64(left, columns)
             right += gram64(left, targets)
             square += float((targets.double().square() * weights).sum())
             objective.operations.projections += product(columns.shape[0], k, k + targets.shape[1])
         objective.count_passes(1)
+        scale = self._scale(batches)
+        gram, right, square = gram * scale, right * scale, square * scale
         self.readout, self.rank = self._solved(gram.clone(), right.clone())
         readout = self.readout.double()
         self.loss = square + float((readout * (gram @ readout - 2.0 * right)).sum())
@@ -115,23 +126,20 @@ class Pooled:
 
     @cached_property
     def gradient(self) -> Tensor:
-        """By ``theta``, ridges included, flat; estimated from a sample."""
+        """By ``theta``, ridges included, flat."""
         objective, theta = self.objective, self.theta
-        chosen = self._sample()
+        chosen = spread(self._batches, SAMPLE_ROWS)
         gradient = torch.zeros_like(theta)
         for batch in chosen:
             gradient += joint_gradient(objective, batch, theta, self.readout)[0]
-        weight = sum(float(batch.weights.sum()) for batch in chosen)
-        gradient *= objective.problem.total_weight / weight
+        gradient *= self._scale(chosen)
         if objective.ridge is not None:
             objective.add_ridge_gradient(theta - objective.ridge.center, gradient)
         return gradient
 
-    def _sample(self) -> list[Batch]:
-        rows = sum(batch.B.shape[0] * batch.B.shape[1] for batch in self._batches)
-        total = len(self._batches)
-        count = min(total, max(1, round(total * GRADIENT_ROWS / rows)))
-        return [self._batches[i * total // count] for i in range(count)]
+    def _scale(self, batches: Sequence[Batch]) -> float:
+        weight = sum(float(batch.weights.sum(dtype=torch.float64)) for batch in batches)
+        return self.objective.problem.total_weight / weight
 
     def _solved(self, gram: Tensor, right: Tensor) -> tuple[Tensor, int]:
         objective, ridge = self.objective, self.objective.ridge

@@ -2,14 +2,14 @@ r"""Mini-batches, for data with many residuals a parameter.
 
 There one gradient over all rows says little more than one over a few sequences, and a curvature
 product costs as much as several of them. So the loop takes Adam steps (Kingma and Ba 2015) on
-mini-batches of whole sequences, with the closed-form gradient of this package, and uses what is
-known exactly at both ends: the readout is solved over all rows at the start and at the end.
+mini-batches of whole sequences, with the closed-form gradient of this package, and solves the
+readout at both ends: at the start over a sample of the rows, at the end over all.
 
     joint gradient on a mini-batch     theta: 2 vjp(W r O_F^T)      O: 2 F^T W r
 
 plus the ridges' gradient in the share of the rows. The time of the end is set aside from a bound on
-the seconds: it is the time of the start. The rate of a parameter block is :data:`RATE` times the
-root mean square of the block at the start over the root of its number of rows, so that data and
+the seconds, estimated from that of the start. The rate of a parameter block is :data:`RATE` times
+the root mean square of the block at the start over the root of its number of rows, so that data and
 weights of any scale and width are treated alike: where the signs of a step agree with the inputs',
 it changes the outputs by a share that does not depend on the width. It rises over :data:`WARM_UP`
 steps and falls to zero along a cosine at the bound of the run, by iterations or by time, whichever
@@ -32,11 +32,20 @@ from attnreg.curvature.preconditioner import natural_metric
 from attnreg.kronecker import split_blocks
 from attnreg.objective import Objective
 from attnreg.records import IterationRecord, Status
-from attnreg.solvers.minibatches import Pooled, joint_gradient, minibatches
+from attnreg.solvers.minibatches import (
+    SAMPLE_ROWS,
+    Pooled,
+    joint_gradient,
+    minibatches,
+    spread,
+)
 from attnreg.solvers.run import Outcome, Run, Settings, relative_gradient_norm
 
 RATE = 0.56
 WARM_UP = 20
+CLEARLY = 0.9
+"""A loss below this share of the start's estimate is below the start's."""
+
 MOMENTS = (0.9, 0.95)
 """Decay of the gradient's running mean and mean square."""
 
@@ -77,7 +86,10 @@ class Stochastic:
         self._run = Run(objective, settings, observe, began)
         entered = time.perf_counter()
         self._batches = minibatches(objective.problem.batches)
-        self._start = Pooled(objective, self._batches, theta)
+        few = spread(self._batches, SAMPLE_ROWS)
+        self._start = Pooled(objective, few, theta)
+        passed, share = time.perf_counter() - entered, len(self._batches) / len(few)
+        self._exact = len(few) == len(self._batches)
         self._metric = natural_metric(self._start)
         self._theta, self._readout = self._start.theta.clone(), self._start.readout.clone()
         blocks = split_blocks(self._theta, objective.layout.blocks)  # views: steps move theta
@@ -87,7 +99,7 @@ class Stochastic:
         self._rates = [RATE * size / root for size, root in zip(sizes, roots, strict=True)]
         self._adam = torch.optim.Adam([{"params": w} for w in self._weights], 0, MOMENTS, FLOOR)
         self._steps, self._began = 0, time.perf_counter()
-        self._reserve = self._began - entered
+        self._reserve = share * passed
 
     def run(self) -> Outcome:
         """Runs until a bound is met.
@@ -102,12 +114,14 @@ class Stochastic:
                 status = self._epoch()
         except KeyboardInterrupt:
             status = Status.INTERRUPTED
-        if self._steps == 0:
-            return Outcome(self._start, norm, status)
-        end = Pooled(self._objective, self._batches, self._theta)
-        if not end.value <= self._start.value:  # also where it is not a number
-            return Outcome(self._start, norm, status)
+        end = self._whole(self._theta) if self._steps else self._start
+        if not end.value <= CLEARLY * self._start.value:  # also where it is not a number
+            start = self._start if self._exact else self._whole(self._start.theta)
+            end = end if self._steps and end.value <= start.value else start
         return Outcome(end, relative_gradient_norm(end), status)
+
+    def _whole(self, theta: Tensor) -> Pooled:
+        return Pooled(self._objective, self._batches, theta)
 
     def _epoch(self) -> Status | None:
         """All mini-batches once, in random order."""
