@@ -66,7 +66,9 @@ MaxSeconds = Annotated[
         help="Bound on the time of all fits and the final pass; the result then depends on it."
     ),
 ]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the fits.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**63 - 1, help="Seed of fits, sampled text and final pass.")
+]
 Dtype = Annotated[
     str | None,
     typer.Option(help="Saved as float32, float16 or bfloat16. Default: the model's own."),
@@ -208,7 +210,8 @@ def plan_command(
     """Measure what each layer loses at each size, and find the plan that meets a budget.
 
     Each layer is taken alone, on the original's inputs: the best start from its weights, with
-    --max-iterations of the solver after it. The plan has the least sum of the squared relative
+    --max-iterations of the solver after it (0: its W_O moved towards the solved one as far as
+    held-out error says). The plan has the least sum of the squared relative
     errors of the layers' outputs, each layer counting the same; it is exact if errors add up.
     """
     need_transformers()
@@ -228,7 +231,12 @@ def plan_command(
     windows = read_split(checkpoint, calibration, options)
     settings = _settings(kv_heads or [], heads or [], head_dim or [])
     with MeasureDisplay(enabled=sys.stderr.isatty() and not quiet) as display:
-        profile = measure(checkpoint, *windows, settings, options, display.update)
+        try:
+            profile = measure(checkpoint, *windows, settings, options, display.update)
+        except KeyboardInterrupt:
+            display.stop()
+            typer.echo("attnreg: interrupted; a plan keeps nothing of unfinished work", err=True)
+            sys.exit(INTERRUPTED)
     chosen, even = choose(profile, kv_budget), choose_even(profile, kv_budget)
     plan = chosen.plan()
     if out is not None:

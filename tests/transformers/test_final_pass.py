@@ -62,7 +62,7 @@ def test_the_loss_falls_and_is_true_of_the_folder(root, tmp_path, family):  # no
     assert record["held_out_loss"] < record["start_loss"]
     assert report["layers"] == fits["layers"]
     assert fits["final_pass"] is None
-    assert "final pass" not in (tmp_path / "fits" / "README.md").read_text()
+    assert "all layers together" not in (tmp_path / "fits" / "README.md").read_text()
     assert "all layers together took 16 steps" in (tmp_path / "out" / "README.md").read_text()
 
     # The projections have moved, and nothing else.

@@ -1,5 +1,7 @@
 """Text that the original writes: its distribution, its bounds, and a conversion with it."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -65,6 +67,21 @@ def test_tokens_are_drawn_from_the_models_own_distribution(root, monkeypatch):  
     assert abs(statistic - len(expected)) < 5 * (2 * len(expected)) ** 0.5
 
 
+@pytest.mark.parametrize("end", [0, [7, 0]])
+def test_a_model_ends_its_text_also_with_id_0(root, tmp_path, end):  # noqa: F811
+    folder = tmp_path / "model"
+    shutil.copytree(root / "llama", folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    windows = generate_windows(Checkpoint.open(folder), PROMPTS, 400, length=16, seed=0)
+    endless = generate_windows(Checkpoint.open(root / "llama"), PROMPTS, 400, length=16, seed=0)
+    ends = {0} if end == 0 else set(end)
+
+    # No window of PROMPTS has more than eight tokens: one token of it is the prompt.
+    # The vocabulary is small: without an end, some of the tokens sampled are one of these.
+    assert any(ends & set(row[1:]) for row in endless.ids)
+    assert not any(ends & set(row[1:]) for row in windows.ids)
+
+
 def test_a_window_ends_where_the_model_ends_its_text():
     ended = generation._ended
     assert ended([1, 7, 8, 2, 9, 9], 1, {1, 2}) == [1, 7, 8]
@@ -74,7 +91,7 @@ def test_a_window_ends_where_the_model_ends_its_text():
 
 def test_a_model_that_says_nothing_is_refused(root, monkeypatch):  # noqa: F811
     monkeypatch.setattr(generation, "_ended", lambda row, prompt, ends: row[:prompt])
-    with pytest.raises(ValueError, match="ends its text after every one of 64 prompts"):
+    with pytest.raises(ValueError, match="ends its text after every one of 13 prompts"):
         generate_windows(Checkpoint.open(root / "llama"), PROMPTS, 100, length=8, seed=0)
 
 
@@ -102,5 +119,7 @@ def test_a_conversion_fits_on_what_was_sampled_and_goes_on_after_a_kill(root, tm
 
 
 def test_an_encoder_writes_no_text(root):  # noqa: F811
+    with pytest.raises(ValueError, match="expected 0, or at least 2 tokens"):
+        replace(QUICK, generate=1)
     with pytest.raises(ValueError, match="BertForMaskedLM does not predict a next token"):
         task_of(root, "bert", replace(QUICK, generate=100))

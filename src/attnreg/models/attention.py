@@ -87,7 +87,8 @@ def plan_blocks(
     """
     b, g, r, n, m = shape
     room = max(1, BLOCK_BYTES // itemsize)
-    # A block of as many rows as the window is wide meets twice as many keys.
+    # A block of as many rows as the window is wide meets twice as many keys. Where it is causal it
+    # has fewer rows.
     most = n if window is None or n <= 2 * window else max(16, window)
     if causal:
         most = min(most, CAUSAL_ROWS)

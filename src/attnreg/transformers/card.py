@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from attnreg.transformers.calibration import Windows
 from attnreg.transformers.shapes import AttentionShape
 from attnreg.transformers.task import Task
 
@@ -20,6 +21,8 @@ def build_report(
     digest: str,
     command: str,
     records: Sequence[Mapping[str, Any]],
+    final: Mapping[str, Any] | None,
+    generated: Windows | None,
     scores: Mapping[str, float],
 ) -> dict[str, Any]:
     """What a conversion came to, as JSON holds it.
@@ -30,6 +33,8 @@ def build_report(
         digest: Their digest.
         command: The command line.
         records: One for each fitted block, with ``layers`` and the errors.
+        final: The record of the final pass; None: there was none.
+        generated: What the original wrote; None: nothing.
         scores: ``before`` and ``after``, nats a held-out token; or ``cosine``.
 
     Returns:
@@ -68,10 +73,12 @@ def build_report(
             "source": Path(task.fit.source.removesuffix(" (to fit)")).name,
             "fit": task.fit.facts(),
             "held_out": task.held_out.facts(),
+            "generated": None if generated is None else generated.facts(),
         },
         "before": before,
         "after": after,
         "layers": layers,
+        "final_pass": None if final is None else dict(final),
     }
 
 
@@ -129,7 +136,7 @@ def model_card(report: Mapping[str, Any]) -> str:
         "",
         f"Held-out text: {text['held_out']['windows']} windows, {text['held_out']['tokens']} "
         f"tokens of {text['source']}, a split of the calibration text that nothing was fitted on; "
-        "but it chose where each fit ends, so that its numbers are slightly optimistic. "
+        "but it chose where the fits end, so that its numbers are slightly optimistic. "
         f"Fitted on {text['fit']['windows']} windows, {text['fit']['tokens']} tokens"
         f"{_generated(text['generated'])}.",
         "",
@@ -144,7 +151,7 @@ def model_card(report: Mapping[str, Any]) -> str:
         "| error of the fit |",
         "|---|---|---|---|---|---|---|---|",
         *layers,
-        *_final(report["final_pass"]),
+        *_final(report),
         "",
         "## How it was made",
         "",
@@ -190,14 +197,19 @@ def _generated(windows: Mapping[str, Any] | None) -> str:
     return f", and on {windows['tokens']} tokens that the original wrote itself"
 
 
-def _final(record: Mapping[str, Any] | None) -> list[str]:
+def _final(report: Mapping[str, Any]) -> list[str]:
+    record = report["final_pass"]
     if record is None:
         return []
+    divergence = "the divergence from its next tokens, nats a token"
+    distance = "the relative squared error of the last hidden states"
+    measure = distance if "cosine" in report["after"] else divergence
     return [
         "",
-        f"After the fits all layers together took {record['steps']} steps towards what the "
-        f"original predicts: held-out loss {record['start_loss']:.4f} before, "
-        f"{record['held_out_loss']:.4f} at step {record['best_step']}, whose weights these are.",
+        f"After the fits, whose errors these are, all layers together took {record['steps']} steps "
+        f"towards what the original predicts: {measure}, was {record['start_loss']:.4f} on "
+        f"held-out text before and {record['held_out_loss']:.4f} at step {record['best_step']}, "
+        "whose weights are in this folder.",
     ]
 
 

@@ -84,9 +84,9 @@ def convert(
         if finished is None:
             run = Stages(task, journal, observer)
             weights, records, scores = run.whole()
-            finished = build_report(task, settings, journal.digest, command, records, scores)
-            finished["final_pass"] = run.final
-            finished["calibration"]["generated"] = run.generated.facts() if run.generated else None
+            finished = build_report(
+                task, settings, journal.digest, command, records, run.final, run.generated, scores
+            )
             extra = {
                 "README.md": model_card(finished).encode(),
                 REPORT: (json.dumps(finished, indent=1, allow_nan=False) + "\n").encode(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from attnreg.progress import LiveLine
 from attnreg.transformers.sensitivity import Measured
 from attnreg.transformers.stages import Progress as Where
@@ -23,24 +25,20 @@ class ConversionDisplay(LiveLine):
             "fit": options.max_iterations,
             "final pass": options.final_steps,
         }
-        self._error = float("nan")
 
     def update(self, where: Where) -> None:
         """Shows where the conversion is."""
-        part = 0.0
-        if where.iteration is not None:
-            number, self._error = where.iteration
-            part = min(number / max(self._bounds[where.stage], 1), 1.0)
-        elif where.error is not None:
-            self._error = where.error
+        number, error = where.iteration or (0, float("nan"))
+        part = min(number / max(self._bounds[where.stage], 1), 1.0)
+        error = error if where.error is None else where.error
         if where.stage == "text":
             self.show(f"sampling text ({part:.0%})", where.done + part, where.total)
             return
         ends = sorted({where.layers[0], where.layers[-1]}) if where.layers else []
         text = f"layer {'-'.join(map(str, ends))}" if ends else where.stage
         text += f" ({where.done}/{where.total})"
-        if self._error == self._error:
-            text += f" {'error' if ends else 'loss'} {self._error:.4f}"
+        if not math.isnan(error):
+            text += f" {'error' if ends else 'loss'} {error:.4f}"
         self.show(text, where.done + part, where.total)
 
 

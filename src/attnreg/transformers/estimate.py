@@ -11,7 +11,7 @@ import torch
 from attnreg.transformers.final_pass import STEP_TOKENS
 from attnreg.transformers.layer_fit import solver_for
 from attnreg.transformers.shapes import AttentionShape
-from attnreg.transformers.task import Task
+from attnreg.transformers.task import Task, whole_model_bytes
 
 PRODUCTS = 20
 """Products with the curvature in an iteration, about; each is a JVP and a VJP."""
@@ -75,7 +75,7 @@ def estimate(task: Task) -> Estimate:
     head = vocabulary * width if task.predicts else 0
     step_tokens = min(fitted, STEP_TOKENS)
     # Forward and back; the head once more, for the original.
-    fits += GENERATION * 2 * applied * task.options.generate / rate
+    seconds += GENERATION * 2 * applied * task.options.generate / rate
     fits += steps * 2 * (3 * applied + 4 * head) * step_tokens / rate
     limit = task.options.max_seconds
     seconds += fits if limit is None else min(limit, fits)
@@ -85,7 +85,7 @@ def estimate(task: Task) -> Estimate:
     memory = 4 * (total - sum(blocks) + 2 * max(blocks)) + rows + scores
     if steps:
         kept = 4 * step_tokens * (ACTIVATIONS * sum(runs) * width + 4 * vocabulary * (head > 0))
-        memory = max(memory, 4 * total + 4 * tokens * width + kept)
+        memory = max(memory, whole_model_bytes(task) + 4 * tokens * width + kept)
     stored = task.dtype.itemsize * total
     attention = sum(math.prod(s) for g in task.groups for s in g.student.weights().values())
     return Estimate(seconds, memory, stored + 4 * (1 + 5 * bool(steps)) * attention)

@@ -10,11 +10,11 @@ mean over the tokens of a mini-batch. The end of the original is known from its 
 after the last block, so that a step runs the student alone, forward and back. Derivatives are
 torch's, through transformers' own modules; nothing but attention weights moves, and the gains of
 head norms stay. The steps are Adam's (Kingma and Ba 2015); the rate of a tensor is :data:`RATE`
-times its root mean square at the start over the root of the model's width, rises over
-:data:`WARM_UP` steps and falls to zero along a cosine. :data:`CHECKS` times in the pass the
-weights, rounded to the dtype that they are saved in, are scored on the held-out windows, and the
-best are the result: the held-out numbers of a conversion are those of the best of so many, which
-flatters them a little.
+times its root mean square at the start (0.01 for a tensor of zeros) over the root of the model's
+width, rises over :data:`WARM_UP` steps and falls to zero along a cosine. :data:`CHECKS` times in
+the pass the weights, rounded to the dtype that they are saved in, are scored on the held-out
+windows, and the best are the result: the held-out numbers of a conversion are those of the best of
+so many, which flatters them a little.
 
 All blocks are in memory at once, in float32.
 """
@@ -51,7 +51,7 @@ class FinalPass:
     """What a final pass did.
 
     Attributes:
-        steps: Steps taken.
+        steps: Steps taken; fewer than asked for where time was up or a loss was not finite.
         start_loss: Held-out loss at the start.
         held_out_loss: Held-out loss of the weights that are kept.
         best_step: The step that they are of; 0: the start.
@@ -127,12 +127,18 @@ class Refinement:
 
         Returns:
             What it did; the blocks hold the weights that are kept.
+
+        Raises:
+            ValueError: If the held-out loss at the start is not finite.
         """
+        entered = time.perf_counter()
         state, best = self._restored(journal) or self._beginning()
-        began = time.perf_counter() - state["spent"]
+        began = entered - state["spent"]
         while state["done"] < 1:
             step = state["step"]
             loss = self._step(self._batch(step, seed), state["done"], step)
+            if not math.isfinite(loss):
+                break  # no later step comes back from it
             spent = time.perf_counter() - began
             done = max((step + 1) / steps, 0.0 if seconds is None else spent / seconds)
             due = int(done * CHECKS) > int(state["done"] * CHECKS)
@@ -150,6 +156,11 @@ class Refinement:
 
     def _beginning(self) -> tuple[dict[str, Any], list[Tensor]]:
         loss = self.held_out_loss()
+        if not math.isfinite(loss):
+            raise ValueError(
+                "the held-out loss is not finite before the final pass: weights overflow in the "
+                "dtype that they are saved in; give --dtype float32 or bfloat16"
+            )
         state = {"step": 0, "spent": 0.0, "done": 0.0, "start": loss, "best": loss, "best_step": 0}
         return state, self._rounded()
 

@@ -8,6 +8,7 @@ what is held out is the user's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,8 +22,8 @@ from attnreg.transformers.loading import load
 PROMPT_TOKENS = 8
 """Tokens that a window takes from the user's text, with special ones; at most half of it."""
 
-SEQUENCES = 64
-"""Windows that are sampled together."""
+SEQUENCES, FEWEST = 64, 8
+"""Windows that are sampled together, at most and at least."""
 
 
 def generate_windows(
@@ -40,7 +41,8 @@ def generate_windows(
     Args:
         checkpoint: The model; it is in memory as a whole, in float32, while this runs.
         windows: What the samples begin like: with the first tokens of these, drawn at random.
-        tokens: Tokens wanted; the last window is cut so that there are no more.
+        tokens: Tokens wanted, at least 2; the last window is cut so that there are no more (one
+            less where a window of a single token would be left).
         length: Tokens of a window at most; it ends where the model ends its text.
         seed: Seed of the draws; torch's own generator is left as it was.
         device: Where to compute.
@@ -54,8 +56,8 @@ def generate_windows(
     """
     model: Any = load(checkpoint.folder, dtype=torch.float32).to(device)
     settings = _settings(model, length)
-    ends = settings.eos_token_id or []
-    ends = {ends} if isinstance(ends, int) else set(ends)
+    ends = settings.eos_token_id
+    ends = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
     model.generation_config = settings
     size = min(PROMPT_TOKENS, length // 2)
     prompts = [row[:size] for row in windows.ids if len(row) > size] or [
@@ -63,17 +65,19 @@ def generate_windows(
     ]
     rows: list[list[int]] = []
     count = 0
-    with torch.random.fork_rng(), torch.no_grad():
+    devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad():
         torch.manual_seed(seed)
         while count < tokens:
-            drawn = torch.randint(len(prompts), (SEQUENCES,)).tolist()
+            wanted = min(SEQUENCES, max(FEWEST, math.ceil((tokens - count) / length)))
+            drawn = torch.randint(len(prompts), (wanted,)).tolist()
             given = torch.tensor([prompts[i] for i in drawn], device=device)
             sampled = model.generate(given, attention_mask=torch.ones_like(given))
             found = [_ended(row, given.shape[1], ends) for row in sampled.tolist()]
             found = [row for row in found if len(row) > given.shape[1]]
             if not found:
                 raise ValueError(
-                    f"{checkpoint.folder} ends its text after every one of {SEQUENCES} prompts; "
+                    f"{checkpoint.folder} ends its text after every one of {wanted} prompts; "
                     "give more text in place of --generate"
                 )
             rows += found

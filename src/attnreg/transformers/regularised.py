@@ -80,7 +80,7 @@ class Chosen(_Candidate):
 
     Attributes:
         start_error: Held-out error of the start.
-        path: Held-out error at the end of every stage, by strength.
+        path: Held-out error at the end of every stage, by strength, where it is finite.
         iterations: Over all stages.
     """
 
@@ -117,22 +117,34 @@ def regularised_fit(
         The choice; of equal ones the first: the start, then the stages.
 
     Raises:
+        ValueError: If the held-out error of the start and of all fits is not finite.
         KeyboardInterrupt: If a stage was interrupted, so that no half-done fit counts as done.
     """
-    first = _Candidate(start, None, held_out_error(start), 0.0, 0.0)
+
+    def scored(weights: Weights) -> float:
+        error = held_out_error(weights)
+        return error if math.isfinite(error) else math.inf
+
+    first = _Candidate(start, None, scored(start), 0.0, 0.0)
     found, path, iterations = [first], {}, 0
     for strength, result in _stages(problem, model, start, solver, bounds, seed, progress):
-        error = held_out_error(result.parameters)
+        error = scored(result.parameters)
         found.append(_Candidate(result.parameters, result.relative_error, error, strength, 1.0))
-        path[f"{strength:g}"] = error
+        if math.isfinite(error):
+            path[f"{strength:g}"] = error
         iterations += result.history[-1].iteration
         if not error < found[-2].held_out_error:
             break
     last = found[-1]
     for step in STEPS:
         weights = {name: value.lerp(last.weights[name], step) for name, value in start.items()}
-        found.append(_Candidate(weights, None, held_out_error(weights), last.strength, step))
+        found.append(_Candidate(weights, None, scored(weights), last.strength, step))
     best = min(found, key=lambda one: one.held_out_error)
+    if not math.isfinite(best.held_out_error):
+        raise ValueError(
+            "the held-out error of the layer's start is not finite: weights or hidden states "
+            "overflow; give --dtype float32 or bfloat16"
+        )
     return Chosen(**vars(best), start_error=first.held_out_error, path=path, iterations=iterations)
 
 

@@ -97,7 +97,8 @@ def measure(
         fit: Windows to fit on.
         held_out: Windows that the errors are measured on.
         settings: Settings to try; empty: every smaller number of key/value heads.
-        options: ``max_iterations`` bounds each fit (0: the best start with ``W_O`` solved for);
+        options: ``max_iterations`` bounds each fit (0: the best start, its ``W_O`` moved
+            towards the solved one as far as held-out error says);
             seed and device.
         observer: Called with the number of measurements done, that of all, and the last one.
 

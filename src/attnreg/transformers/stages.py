@@ -124,7 +124,7 @@ class Stages:
         records = [
             {"layers": list(group.applications), **pieces[group.block][1]} for group in self.changed
         ]
-        if self.changed and self.task.options.final_steps:
+        if self.task.options.final_steps:
             weights, student = self.refined(weights, original)
         return weights, records, self.scores(original, student)
 
@@ -324,5 +324,5 @@ def _piece(group: Group) -> str:
 
 
 def fit_share(options: Options) -> float:
-    """The share of the fits in the time that is allowed; the rest is the final pass's."""
+    """Share of the fits in the time allowed; what they leave of it is given to nobody."""
     return FIT_SHARE if options.final_steps else 1.0

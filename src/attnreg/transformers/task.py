@@ -37,8 +37,9 @@ class Options:
         final_steps: Steps of the final pass over the whole model; 0: it is left out.
         max_iterations: Bound on the iterations of each fit.
         max_seconds: Bound on the time of all fits, each of which gets the same share, and of the
-            final pass. With it a conversion is not reproducible to the bit.
-        seed: Seed of the fits.
+            final pass; sampling text, making starts and running the model are not counted. With it
+            a conversion is not reproducible to the bit.
+        seed: Seed of the fits, of sampled text and of the final pass.
         dtype: Name of the dtype to save in; None: the original's.
         device: Where to compute.
     """
@@ -72,6 +73,8 @@ class Options:
                 raise ValueError(
                     f"{name}={getattr(self, name)} was given, at least {least} is expected"
                 )
+        if self.generate == 1:
+            raise ValueError("generate=1 was given; expected 0, or at least 2 tokens")
         if self.max_seconds is not None and not self.max_seconds > 0:
             raise ValueError(
                 f"max_seconds={self.max_seconds} was given, a positive number is expected"
@@ -198,12 +201,27 @@ def prepare(source: str | Path, plan: Plan, calibration: Source, options: Option
             "not predict a next token; give more text in its place"
         )
     if (options.generate or options.final_steps) and torch.device(options.device).type == "cpu":
-        _check_memory(4 * sum(math.prod(entry.shape) for entry in checkpoint.entries.values()))
+        _check_memory(whole_model_bytes(task))
     return task
+
+
+def whole_model_bytes(task: Task) -> int:
+    """Bytes of the whole model in float32, with what the final pass keeps of what it moves."""
+    total = sum(math.prod(entry.shape) for entry in task.checkpoint.entries.values())
+    moved = sum(
+        math.prod(size)
+        for group in task.groups
+        if group.changed
+        for size in group.student.weights().values()
+    )
+    copies = 5 if task.options.final_steps else 0  # gradient, two moments, best, rounded
+    return 4 * (total + copies * moved)
 
 
 def _check_memory(needed: int) -> None:
     """Refuses what holds the whole model in float32 where the memory is smaller than that."""
+    if not hasattr(os, "sysconf"):  # Windows
+        return
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         raise ValueError(
