@@ -63,6 +63,7 @@ def test_the_parts_of_the_gradient_add_up(monkeypatch, ridge):
     point = Point(run._objective, run._objective.features(run._start.theta))
     size = float(point.gradient.norm())
     assert size > 1e-3
+    # The readout here is not refined as the point's is, and the gradient is linear in it.
     assert float((sum(g for g, _ in found) - point.gradient).norm()) <= 1e-10 * size
     assert sum(loss for _, loss in found) == pytest.approx(point.loss, rel=1e-12)
     largest = max(float(slope.norm()) for slope in slopes)

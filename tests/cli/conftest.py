@@ -1,5 +1,6 @@
 """Fixtures that run the command line and save files for it."""
 
+import shutil
 import sys
 
 import pytest
@@ -67,3 +68,22 @@ def layer(folder):
     near = {name: w + 0.05 * random(*w.shape, seed=20) for name, w in weights.items()}
     save_file(near, "weights.safetensors")
     return value
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """Two models, one in shards, and a text."""
+    from tests.transformers.texts import model_folder, write_text  # they need transformers
+
+    root = tmp_path_factory.mktemp("made")
+    model_folder("llama", root / "llama", shard="20KB")
+    model_folder("bert", root / "bert")
+    write_text(root / "text.txt")
+    return root
+
+
+@pytest.fixture
+def models(made, folder):
+    """Models and a text in the current folder."""
+    shutil.copytree(made, folder, dirs_exist_ok=True)
+    return folder

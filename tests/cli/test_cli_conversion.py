@@ -1,34 +1,17 @@
 """The command line: `compress` and `plan`."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.transformers.folders import edit_json
-from tests.transformers.texts import contents, model_folder, write_text
+from tests.transformers.texts import contents
 
 QUICK = ("--window", 16, "--max-iterations", 1, "--final-steps", 0, "--held-out", 0.2)
 COMPRESS = ("compress", "llama", "--calibration", "text.txt", *QUICK)
 PLAN = ("plan", "llama", "--calibration", "text.txt", "--window", 16, "--held-out", 0.2)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made")
-    model_folder("llama", folder / "llama", shard="20KB")
-    model_folder("bert", folder / "bert")
-    write_text(folder / "text.txt")
-    return folder
-
-
-@pytest.fixture
-def models(made, folder):
-    """Models and a text in the current folder."""
-    shutil.copytree(made, folder, dirs_exist_ok=True)
-    return folder
 
 
 def test_compress(run, models):

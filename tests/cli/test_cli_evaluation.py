@@ -6,25 +6,8 @@ import shutil
 import pytest
 
 from tests.transformers.folders import edit_json
-from tests.transformers.texts import model_folder, write_text
 
 TEXT = ("--text", "text.txt", "--window", 16)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made")
-    for name in ("llama", "bert"):
-        model_folder(name, folder / name)
-    write_text(folder / "text.txt")
-    return folder
-
-
-@pytest.fixture
-def models(made, folder):
-    """Models and a text in the current folder."""
-    shutil.copytree(made, folder, dirs_exist_ok=True)
-    return folder
 
 
 def test_evaluate(run, models):

@@ -119,6 +119,7 @@ def test_the_gradient_is_that_of_the_whole_model(root, tmp_path):  # noqa: F811
             strict=True,
         )
         for ours, theirs in pairs:
+            # float32, in another order of sums: windows one by one and padded together
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=2e-6)
         others = set(blocks[name].parameters()) - set(
             final_pass.attention_weights(adapter, blocks[name])
