@@ -35,6 +35,26 @@ def gram(rows: Iterable[Tensor], weights: Iterable[Tensor] | None = None) -> Ten
     return total
 
 
+def sum_of_rows(rows: Iterable[Tensor], weights: Iterable[Tensor] | None = None) -> Tensor:
+    """``sum A^T w`` over matrices A.
+
+    Args:
+        rows: Matrices (..., d), at least one; leading dimensions are flattened.
+        weights: Weights (...) of their rows; ones if None.
+
+    Returns:
+        The sum (d,), float64.
+    """
+    if weights is None:
+        parts = [a.reshape(-1, a.shape[-1]).sum(0, dtype=torch.float64) for a in rows]
+    else:
+        parts = [
+            w.double().reshape(-1) @ a.double().reshape(-1, a.shape[-1])
+            for a, w in zip(rows, weights, strict=True)
+        ]
+    return torch.stack(parts).sum(0)
+
+
 def spread_and_size(targets: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[float, float]:
     """``sum_j w_j ||b_j - mean||^2`` and ``sum_j w_j ||b_j||^2`` over all rows b_j.
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from attnreg.arrays import Array, Arrays, Structure, as_number, dtype_name, join
 from attnreg.batching import Batch, Sequences, make_batches
 from attnreg.masks import Mask
-from attnreg.moments import gram, spread_and_size
+from attnreg.moments import gram, spread_and_size, sum_of_rows
 from attnreg.packing import as_arguments, as_mask_argument, pack, unpack
 from attnreg.storage import content_digest, read_tensors, write_tensors
 from attnreg.validation import as_center, as_device, as_problem_sequences
@@ -208,8 +208,7 @@ class AttentionProblem:
     @cached_property
     def gram_query(self) -> Tensor:
         """G1, the weighted Gram matrix of A1: (d_query, d_query), float64."""
-        unweighted = all(bool((weights == 1).all()) for weights in self._sequences.weights)
-        if unweighted and self._sequences.A1 is self._sequences.A2:
+        if self._queries_are_keys:
             return self.gram_key
         return gram((b.A1 for b in self.batches), (b.weights for b in self.batches))
 
@@ -226,6 +225,25 @@ class AttentionProblem:
         return gram(b.A3 for b in self.batches)
 
     @cached_property
+    def sum_query(self) -> Tensor:
+        """The weighted sum of the rows of A1: (d_query,), float64."""
+        if self._queries_are_keys:
+            return self.sum_key
+        return sum_of_rows((b.A1 for b in self.batches), (b.weights for b in self.batches))
+
+    @cached_property
+    def sum_key(self) -> Tensor:
+        """The sum of the rows of A2: (d_key,), float64."""
+        return sum_of_rows(b.A2 for b in self.batches)  # padding is 0
+
+    @cached_property
+    def sum_value(self) -> Tensor:
+        """The sum of the rows of A3: (d_value,), float64."""
+        if self._sequences.A3 is self._sequences.A2:
+            return self.sum_key
+        return sum_of_rows(b.A3 for b in self.batches)
+
+    @cached_property
     def gram_key_centered(self) -> Tensor:
         """G2 with each sequence's mean key subtracted: (d_key, d_key), float64.
 
@@ -235,6 +253,13 @@ class AttentionProblem:
         # The mean of equal keys is rounded; deviations from one of them are exactly 0.
         keys = (keys.double() - keys[:1].double() for keys in self._sequences.A2)
         return gram(k - k.mean(0) for k in keys)
+
+    @cached_property
+    def _queries_are_keys(self) -> bool:
+        """Whether A1 is A2 and its rows have weight 1."""
+        if self._sequences.A1 is not self._sequences.A2:
+            return False
+        return all(bool((weights == 1).all()) for weights in self._sequences.weights)
 
     @cached_property
     def total_weight(self) -> float:

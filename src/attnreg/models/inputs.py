@@ -17,7 +17,7 @@ PROJECTIONS = {"query": "Q", "key": "K", "value": "V"}
 
 def constant_input(problem: AttentionProblem, name: str) -> float:
     """Root mean square of the inputs of a projection; 1 where that is 0."""
-    gram, rows, width = _plain_gram(problem, name)
+    gram, _, rows, width = _moments(problem, name)
     return (float(gram.trace()) / rows / width) ** 0.5 or 1.0
 
 
@@ -33,7 +33,7 @@ def input_gram(problem: AttentionProblem, name: str, *, constant: bool, centred:
     Returns:
         ``(width [+ 1], width [+ 1])``, over all rows, those of the queries weighted.
     """
-    gram, rows, _ = _plain_gram(problem, name)
+    gram, total, rows, _ = _moments(problem, name)
     if centred:
         gram = problem.gram_key_centered
     if not constant:
@@ -42,13 +42,7 @@ def input_gram(problem: AttentionProblem, name: str, *, constant: bool, centred:
     mean, corner = gram.new_zeros(size), gram.new_zeros((1, 1))
     if not centred:
         c = constant_input(problem, name)
-        for batch in problem.batches:
-            if name == "query":
-                mean += (batch.weights[..., None] * batch.A1).double().sum((0, 1))
-            else:
-                inputs = batch.A2 if name == "key" else batch.A3  # padding is 0
-                mean += inputs.double().sum((0, 1))
-        mean *= c
+        mean = total * c
         corner = mean.new_tensor([[rows * c**2]])
     top = torch.cat([gram, mean[:, None]], dim=1)
     return torch.cat([top, torch.cat([mean[None], corner], dim=1)])
@@ -79,10 +73,10 @@ def key_rows(problem: AttentionProblem) -> int:
     return sum(keys for _, keys in problem.lengths)
 
 
-def _plain_gram(problem: AttentionProblem, name: str) -> tuple[Tensor, float, int]:
-    """Gram matrix, number (or weight) of its rows, and width."""
+def _moments(problem: AttentionProblem, name: str) -> tuple[Tensor, Tensor, float, int]:
+    """Gram matrix, sum and number (or weight) of the rows of an input, and its width."""
     if name == "query":
-        return problem.gram_query, problem.total_weight, problem.d_query
+        return problem.gram_query, problem.sum_query, problem.total_weight, problem.d_query
     if name == "key":
-        return problem.gram_key, key_rows(problem), problem.d_key
-    return problem.gram_value, key_rows(problem), problem.d_value
+        return problem.gram_key, problem.sum_key, key_rows(problem), problem.d_key
+    return problem.gram_value, problem.sum_value, key_rows(problem), problem.d_value

@@ -44,7 +44,7 @@ from attnreg.solvers.run import Outcome, Run, Settings, relative_gradient_norm
 RATE = 0.56
 WARM_UP = 20
 CLEARLY = 0.9
-"""A loss below this share of the start's estimate is below the start's."""
+"""A loss below this share of the start's, both on the sample, is below it over all rows."""
 
 MOMENTS = (0.9, 0.95)
 """Decay of the gradient's running mean and mean square."""
@@ -86,10 +86,9 @@ class Stochastic:
         self._run = Run(objective, settings, observe, began)
         entered = time.perf_counter()
         self._batches = minibatches(objective.problem.batches)
-        few = spread(self._batches, SAMPLE_ROWS)
-        self._start = Pooled(objective, few, theta)
-        passed, share = time.perf_counter() - entered, len(self._batches) / len(few)
-        self._exact = len(few) == len(self._batches)
+        self._sample = spread(self._batches, SAMPLE_ROWS)
+        self._start = Pooled(objective, self._sample, theta)
+        passed, share = time.perf_counter() - entered, len(self._batches) / len(self._sample)
         self._metric = natural_metric(self._start)
         self._theta, self._readout = self._start.theta.clone(), self._start.readout.clone()
         blocks = split_blocks(self._theta, objective.layout.blocks)  # views: steps move theta
@@ -114,14 +113,29 @@ class Stochastic:
                 status = self._epoch()
         except KeyboardInterrupt:
             status = Status.INTERRUPTED
-        end = self._whole(self._theta) if self._steps else self._start
-        if not end.value <= CLEARLY * self._start.value:  # also where it is not a number
-            start = self._start if self._exact else self._whole(self._start.theta)
-            end = end if self._steps and end.value <= start.value else start
+        end = self._end()
         return Outcome(end, relative_gradient_norm(end), status)
 
-    def _whole(self, theta: Tensor) -> Pooled:
-        return Pooled(self._objective, self._batches, theta)
+    def _end(self) -> Pooled:
+        """The lower of the start and of where the steps led, each with its best readout.
+
+        On the sample both have a readout that suits it, so that it tells them apart where they
+        differ clearly; over all rows otherwise.
+        """
+        if self._steps:
+            sampled = Pooled(self._objective, self._sample, self._theta)
+            end = self._whole(sampled)
+            if sampled.value <= CLEARLY * self._start.value:
+                return end
+            start = self._whole(self._start)
+            return end if end.value <= start.value else start
+        return self._whole(self._start)
+
+    def _whole(self, point: Pooled) -> Pooled:
+        """A point of the sample over all rows."""
+        if len(self._sample) == len(self._batches):
+            return point
+        return Pooled(self._objective, self._batches, point.theta)
 
     def _epoch(self) -> Status | None:
         """All mini-batches once, in random order."""
