@@ -19,6 +19,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The two variables carry the pins into the build environment too: the first for pip < 25.3, the second since.
 INSTALL := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(PIP) install --quiet
+# A test runs on one thread; as many run side by side as there are cores, four at most: each process
+# imports torch and transformers.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 INSTALLED := $(VENV)/.installed
 INSTALLED_BENCH := $(VENV)/.installed-bench
@@ -33,10 +36,10 @@ demo: $(INSTALLED)  ## fit a real attention layer; table here, figures in demo-o
 	@$(BIN)/attnreg demo --out demo-output
 
 test: $(INSTALLED)  ## the tests, without the slow ones
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
 test-all: $(INSTALLED)  ## all tests
-	@$(BIN)/python -m pytest -m ""
+	@$(PYTEST) -m ""
 
 lint: $(INSTALLED)  ## ruff, mypy, import-linter
 	@$(BIN)/ruff check .

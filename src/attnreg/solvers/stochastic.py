@@ -121,6 +121,9 @@ class Stochastic:
 
         On the sample both have a readout that suits it, so that it tells them apart where they
         differ clearly; over all rows otherwise.
+
+        Returns:
+            The point over all rows.
         """
         if self._steps:
             sampled = Pooled(self._objective, self._sample, self._theta)
