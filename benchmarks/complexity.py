@@ -16,10 +16,10 @@ cells of at least 2e8 operations; the same fit to the counted operations and to 
 same cells, stands beside. The paper's bound is T_mat(n, n, d) + T_mat(n, d, d) + d^(2 omega), ours
 is without the last term; omega = 3 here, as the products are the ordinary ones.
 
-"/ GEMMs" is the time over that of the iteration's matrix products alone, run again (`gemm_replay`):
-medians of the ratios within a turn (one turn where it takes long). Softmax matrices up to 1 GB are
-kept: where the system maps fresh memory for each point, a single turn can be slower than the rest
-(n = 8192). All of it takes about a quarter of an hour.
+"/ GEMMs" is the time over that of the iteration's matrix products alone, run again
+(`attnreg.roofline.replay`): medians of the ratios within a turn (one turn where it takes long).
+Softmax matrices up to 1 GB are kept: where the system maps fresh memory for each point, a single
+turn can be slower than the rest (n = 8192). All of it takes about a quarter of an hour.
 
     python -m benchmarks.complexity
 """
@@ -38,6 +38,8 @@ from attnreg import AttentionProblem, Bilinear
 from attnreg.curvature.dense import assemble_gauss_newton
 from attnreg.linear_solve.cholesky import DenseSolver
 from attnreg.objective import Objective, Point
+from attnreg.roofline.replay import Replay
+from attnreg.roofline.trace import trace
 from attnreg.solvers.approximate_newton import (
     Preconditioner,
     from_metric,
@@ -46,7 +48,6 @@ from attnreg.solvers.approximate_newton import (
 )
 from attnreg.solvers.run import relative_gradient_norm
 from benchmarks.common import command_line, console, machine, median, parse, print_table, save, show
-from benchmarks.gemm_replay import Replay, record
 
 ROWS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 WIDTHS = {"dense": (8, 16, 32, 64), "sketch": (8, 16, 32, 64), "metric": (8, 16, 32, 64, 128)}
@@ -135,7 +136,7 @@ def measure(cell: Cell, repeats: int) -> dict[str, Any]:
     objective, theta = point.objective, point.theta
     before = objective.operations.as_dict()
     found: list[tuple[int | None, int]] = []
-    replay = Replay(record(lambda: found.append(iteration(cell.method, theta, objective))))
+    replay = Replay(trace(lambda: found.append(iteration(cell.method, theta, objective))).products)
     (sampled, inner) = found[0]
     operations = {k: v - before[k] for k, v in objective.operations.as_dict().items()}
     times: dict[str, list[float]] = {"iteration": [], "GEMMs": []}

@@ -11,7 +11,7 @@ from attnreg.models import Bilinear, MultiHead, attention
 from attnreg.objective import Objective, Point
 from attnreg.operations import Operations
 from attnreg.problem import AttentionProblem
-from benchmarks.gemm_replay import record
+from attnreg.roofline.trace import trace
 from tests.twins import normal
 
 N, M, D, E, V, OUT = 30, 20, 5, 4, 3, 2
@@ -48,10 +48,10 @@ MATRICES = {
 def count(body, point):
     """Operations counted by the package, and those of the products that torch executes."""
     before = point.objective.operations.as_dict()
-    products = record(lambda: body(point))
+    executed = trace(lambda: body(point))
     after = point.objective.operations.as_dict()
     spent = {kind: after[kind] - before[kind] for kind in after}
-    return spent, sum(product.flops for product in products)
+    return spent, sum(product.flops for product in executed.products)
 
 
 @pytest.mark.parametrize("name", DERIVATIVES)

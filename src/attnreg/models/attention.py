@@ -162,6 +162,12 @@ class Attention:
         for block in self.blocks:
             self._forward(block)
 
+    @property
+    def kept(self) -> list[Tensor]:
+        """What products read again: softmax matrices or normalisers, queries, keys and values."""
+        e, softmax = self.width, self._normalisers if self._softmax is None else self._softmax
+        return [*softmax, self._queries[..., e:], self._keys[..., :e], self.values]
+
     # ------------------------------------------------------------------ products
 
     def jvp(self, dq: Tensor, dk: Tensor | None, dv: Tensor | None, out: Tensor) -> None:

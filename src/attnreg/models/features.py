@@ -243,6 +243,11 @@ class Features:
             first += sequences * n
 
     @property
+    def kept(self) -> list[Tensor]:
+        """What Jacobian products read besides inputs and features."""
+        return [tensor for attention in self._attention for tensor in attention.kept]
+
+    @property
     def row_counts(self) -> tuple[int, int, int]:
         """Rows of queries, keys and values over all batches, padded ones included."""
         keys = sum(b.A2.shape[0] * b.A2.shape[1] for b in self.batches)
