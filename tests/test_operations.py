@@ -15,7 +15,11 @@ from attnreg.roofline.trace import trace
 from tests.twins import normal
 
 N, M, D, E, V, OUT = 30, 20, 5, 4, 3, 2
-MODELS = {"bilinear": Bilinear(), "heads": MultiHead(4, 2, 2, 3, bias=False)}
+MODELS = {
+    "bilinear": Bilinear(),
+    "heads": MultiHead(4, 2, 2, 3, bias=False),
+    "heads and biases": MultiHead(4, 2, 2, 3),
+}
 
 
 def point_of(model, dtype=torch.float64, **options):

@@ -139,4 +139,8 @@ def _table(found: Roofline) -> dict[str, Any]:
 
 def _three(value: float) -> str:
     """About three digits, without an exponent."""
+    if value < 1e-3:
+        return "<0.001"
+    if value < 1:
+        return f"{value:.3f}"
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

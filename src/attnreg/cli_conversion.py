@@ -345,6 +345,9 @@ def check_figure(option: str, figure: Path | None) -> None:
     if not figure.resolve().parent.is_dir():
         raise ValueError(f"{option} {figure}: its folder does not exist; make it first")
     try:
-        import matplotlib  # noqa: F401
+        from matplotlib.backend_bases import FigureCanvasBase
     except ModuleNotFoundError as error:
         raise ValueError(f"{option} needs matplotlib: pip install 'attnreg[plots]'") from error
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if figure.suffix[1:].lower() not in formats:
+        raise ValueError(f"{option} {figure}: its ending is none of {', '.join(sorted(formats))}")

@@ -163,10 +163,11 @@ class Attention:
             self._forward(block)
 
     @property
-    def kept(self) -> list[Tensor]:
-        """What products read again: softmax matrices or normalisers, queries, keys and values."""
+    def kept(self) -> dict[str, list[Tensor]]:
+        """What products read again: softmax matrices (or normalisers), queries, keys, values."""
         e, softmax = self.width, self._normalisers if self._softmax is None else self._softmax
-        return [*softmax, self._queries[..., e:], self._keys[..., :e], self.values]
+        queries, keys = self._queries[..., e:], self._keys[..., :e]
+        return {"softmax": softmax, "queries": [queries], "keys": [keys], "values": [self.values]}
 
     # ------------------------------------------------------------------ products
 

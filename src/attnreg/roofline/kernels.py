@@ -152,7 +152,8 @@ def _layer_kernels(sizes: Sizes, draw: _Draw) -> list[Kernel]:
     features, direction = point.features, draw(*theta.shape)
     cotangent = point.cotangent
     part = minibatches(problem.batches)[0]
-    core = (*_inputs(problem.batches), *features.kept, features.columns)
+    kept = [tensor for tensors in features.kept.values() for tensor in tensors]
+    core = (*_inputs(problem.batches), *kept, features.columns)
     second = (*core, point.readout, direction)
     spent = objective.operations
 
@@ -167,7 +168,7 @@ def _layer_kernels(sizes: Sizes, draw: _Draw) -> list[Kernel]:
             lambda: objective.features(theta).columns,
             (*_inputs(problem.batches), theta),
             features.columns,
-            *features.kept,
+            *kept,
         ),
         kernel("JVP", lambda: features.jvp(direction), (*core, direction), features.change),
         kernel("VJP", lambda: features.vjp(cotangent), (*core, cotangent), theta),
@@ -204,7 +205,8 @@ def _newton_kernel(sizes: Sizes, draw: _Draw) -> Kernel:
         solver = DenseSolver(assemble_hessian(point), objective.operations)
         return solver.solve(gradient, damping).direction
 
-    reads = (*_inputs(problem.batches), *point.features.kept, point.features.columns)
+    kept = point.features.kept
+    reads = (*_inputs(problem.batches), *kept["softmax"], *kept["values"], point.features.columns)
     reads = (*reads, point.readout, point.residual, point.cotangent, gradient)
     return Kernel("Newton step", step, reads, (gradient,), objective.operations)
 

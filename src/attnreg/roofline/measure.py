@@ -43,8 +43,9 @@ class Measurement:
 
     Attributes:
         name: Of the kernel.
-        gemm_operations: Of matrix products and Cholesky factors, as the package counts them.
+        gemm_operations: Of matrix products and Cholesky factors, as :mod:`.trace` counts them.
         entrywise_operations: Of softmax, sums and all other arithmetic, as :mod:`.trace` counts.
+        operations: Of products by kind, as the package counts them (:mod:`attnreg.operations`).
         bytes: The least traffic.
         seconds: Median of the turns.
         gemm_seconds: Of the plain products alone.
@@ -56,6 +57,7 @@ class Measurement:
     name: str
     gemm_operations: int
     entrywise_operations: int
+    operations: dict[str, int]
     bytes: int
     seconds: float
     gemm_seconds: float
@@ -202,9 +204,9 @@ def measure_kernel(
         with matmul_precision(_of_plain(precision), device):
             replay()
 
-    before = sum(kernel.operations.as_dict().values())
+    before = kernel.operations.as_dict()
     executed = trace(run, kernel.reads)  # sees the products as the precision makes them
-    counted = sum(kernel.operations.as_dict().values()) - before
+    operations = {k: v - before[k] for k, v in kernel.operations.as_dict().items() if v > before[k]}
     definite = "_linalg_eigh" not in executed.names
     difference = (as_vector(run()) - reference).norm() / reference.norm()
     replay = Replay(executed.calls)
@@ -215,8 +217,9 @@ def measure_kernel(
     own, gemm = (taken[1:] for taken in times)  # the first warms up
     return Measurement(
         kernel.name,
-        counted,
+        executed.flops,
         executed.entrywise,
+        operations,
         kernel.bytes,
         statistics.median(own),
         statistics.median(gemm),

@@ -84,9 +84,9 @@ class _RoundedFactors(TorchDispatchMode):
             return func(*args, **kwargs)
         left, right = (args[position].bfloat16() for position in positions)
         product = torch.bmm(left, right) if left.dim() == 3 else torch.mm(left, right)
-        if positions[0] == 0:
-            return product.float()
-        return _add(func, args[0], product, **kwargs)
+        if positions[0] == 1:
+            return _add(func, args[0], product, **kwargs)
+        return kwargs["out"].copy_(product) if "out" in kwargs else product.float()
 
 
 def _add(

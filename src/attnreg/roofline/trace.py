@@ -29,11 +29,14 @@ aten = torch.ops.aten
 # Position of the two factors among the arguments; the others add to an existing output.
 FACTORS = {
     aten.mm.default: (0, 1),
+    aten.mm.out: (0, 1),
     aten.bmm.default: (0, 1),
+    aten.bmm.out: (0, 1),
     aten.addmm.default: (1, 2),
     aten.addmm.out: (1, 2),
     aten.addmm_.default: (1, 2),
     aten.baddbmm.default: (1, 2),
+    aten.baddbmm.out: (1, 2),
     aten.baddbmm_.default: (1, 2),
 }
 ENTRYWISE = dict.fromkeys(
@@ -134,7 +137,7 @@ class _Recorder(TorchDispatchMode):
         if positions is not None:
             left, right = (self._operand(args[position]) for position in positions)
             self.found.calls.append(Product(left, right, adds=positions[0] == 1))
-        elif func is aten.linalg_cholesky_ex.default:
+        elif func.overloadpacket is aten.linalg_cholesky_ex:
             self.found.calls.append(Factorisation(self._operand(args[0])))
         result = func(*args, **(kwargs or {}))
         name = _name(func)
