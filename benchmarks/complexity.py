@@ -27,7 +27,7 @@ turn can be slower than the rest (n = 8192). All of it takes about a quarter of 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,7 @@ LIMITS = {8: 5.0, 16: 5.0, 32: 2.5, 64: 2.5, 128: 2.5}
 BUDGET = {"dense": 3.0e11, "sketch": 3.0e11, "metric": 7.5e11}
 """Cells with more operations an iteration are left out."""
 
+AXES = {"n": "rows", "d": "width"}
 LARGE = 2.0e8
 """Cells with fewer are left out of the fits: overhead."""
 
@@ -162,16 +163,16 @@ def measure(cell: Cell, repeats: int) -> dict[str, Any]:
 
 
 def exponents(
-    entries: Sequence[dict[str, Any]], values: Sequence[float]
+    entries: Sequence[dict[str, Any]], values: Sequence[float], axes: Mapping[str, str] = AXES
 ) -> dict[str, tuple[float, float]]:
-    """Exponents of n and d in a fitted product of powers, each with its standard error."""
-    columns = [[1.0, np.log(e["rows"]), np.log(e["width"])] for e in entries]
+    """Exponents of the axes in a fitted product of powers, each with its standard error."""
+    columns = [[1.0, *(np.log(e[axis]) for axis in axes.values())] for e in entries]
     design, target = np.array(columns), np.log(np.array(values))
     solution, *_ = np.linalg.lstsq(design, target, rcond=None)
     rest = target - design @ solution
-    variance = float(rest @ rest) / max(1, len(target) - 3)
+    variance = float(rest @ rest) / max(1, len(target) - 1 - len(axes))
     errors = np.sqrt(np.diag(np.linalg.inv(design.T @ design)) * variance)
-    return {name: (float(solution[i]), float(errors[i])) for i, name in ((1, "n"), (2, "d"))}
+    return {name: (float(solution[i]), float(errors[i])) for i, name in enumerate(axes, 1)}
 
 
 def summarise(entries: Sequence[dict[str, Any]], least: float) -> dict[str, Any]:
