@@ -9,7 +9,8 @@ Exponents are fitted to log seconds by least squares over the grid, with their s
 cells of at least 5e8 operations; the same fit to the counted operations and to the formula of a
 pass, s w n (n + d + w) for s sequences of n rows and w = 32 heads, on the same cells, stands
 beside. Small products run below the rate of large ones, so that seconds can grow more slowly than
-operations.
+operations. With one thread seconds are those of the process, so that what else runs on the machine
+counts little.
 
     python -m benchmarks.growth
 """
@@ -90,11 +91,12 @@ def measure(cell: Cell, repeats: int) -> dict[str, Any]:
     replay = Replay(trace(lambda: iteration(objective, theta)).products)
     operations = {k: v - before[k] for k, v in objective.operations.as_dict().items()}
     times: dict[str, list[float]] = {"iteration": [], "GEMMs": []}
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     for _ in range(repeats):
         for name, body in (("iteration", lambda: iteration(objective, theta)), ("GEMMs", replay)):
-            begin = time.perf_counter()
+            begin = clock()
             body()
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(clock() - begin)
     return {
         **asdict(cell),
         "seconds": median(times["iteration"]),
