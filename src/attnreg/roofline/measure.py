@@ -22,6 +22,7 @@ from attnreg.roofline.kernels import Kernel, Result, Sizes, make_kernels
 from attnreg.roofline.precision import check_precision, matmul_precision
 from attnreg.roofline.replay import Replay
 from attnreg.roofline.trace import trace
+from attnreg.validation import usable_device
 
 SQUARE = {"cpu": 2048}
 SQUARE_ELSEWHERE = 8192
@@ -233,25 +234,6 @@ def as_vector(result: Result) -> Tensor:
     """All numbers of a kernel's result, float64, on the CPU."""
     parts = result if isinstance(result, tuple) else (result,)
     return torch.cat([part.flatten().to("cpu", torch.float64) for part in parts])
-
-
-def usable_device(device: torch.device | str) -> torch.device:
-    """The device, once something was put there.
-
-    Args:
-        device: Or its name.
-
-    Returns:
-        The device.
-
-    Raises:
-        ValueError: If there is none, or torch cannot use it.
-    """
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {str(device)!r} cannot be used: {reason}") from error
 
 
 def _of_plain(precision: str) -> str:
