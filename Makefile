@@ -27,7 +27,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_BENCH := $(VENV)/.installed-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format bench clean
+.PHONY: help demo test test-all lint format bench bench-gpu clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf 'make %-10s %s\n' "$$name" "$$text"; done
@@ -53,6 +53,9 @@ format: $(INSTALLED)  ## let ruff format and mend what it can
 
 bench: $(INSTALLED_BENCH)  ## every benchmark, JSON in benchmarks/results/ (long)
 	@$(BIN)/python -m benchmarks
+
+bench-gpu: $(INSTALLED_BENCH)  ## on a CUDA device: rates in float32, tf32 and bf16
+	@$(BIN)/python -m benchmarks.roofline --device cuda
 
 clean:  ## remove the virtual environment, caches and the demo's output
 	rm -rf $(VENV) demo-output build dist .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache

@@ -16,10 +16,10 @@ cells of at least 2e8 operations; the same fit to the counted operations and to 
 same cells, stands beside. The paper's bound is T_mat(n, n, d) + T_mat(n, d, d) + d^(2 omega), ours
 is without the last term; omega = 3 here, as the products are the ordinary ones.
 
-"/ GEMMs" is the time over that of the iteration's matrix products alone, run again (`gemm_replay`):
-medians of the ratios within a turn (one turn where it takes long). Softmax matrices up to 1 GB are
-kept: where the system maps fresh memory for each point, a single turn can be slower than the rest
-(n = 8192). All of it takes about a quarter of an hour.
+"/ GEMMs" is the time over that of the iteration's matrix products alone, run again
+(`attnreg.roofline.replay`): medians of the ratios within a turn (one turn where it takes long).
+Softmax matrices up to 1 GB are kept: where the system maps fresh memory for each point, a single
+turn can be slower than the rest (n = 8192). All of it takes about a quarter of an hour.
 
     python -m benchmarks.complexity
 """
@@ -27,7 +27,7 @@ kept: where the system maps fresh memory for each point, a single turn can be sl
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,8 @@ from attnreg import AttentionProblem, Bilinear
 from attnreg.curvature.dense import assemble_gauss_newton
 from attnreg.linear_solve.cholesky import DenseSolver
 from attnreg.objective import Objective, Point
+from attnreg.roofline.replay import Replay
+from attnreg.roofline.trace import trace
 from attnreg.solvers.approximate_newton import (
     Preconditioner,
     from_metric,
@@ -46,7 +48,6 @@ from attnreg.solvers.approximate_newton import (
 )
 from attnreg.solvers.run import relative_gradient_norm
 from benchmarks.common import command_line, console, machine, median, parse, print_table, save, show
-from benchmarks.gemm_replay import Replay, record
 
 ROWS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 WIDTHS = {"dense": (8, 16, 32, 64), "sketch": (8, 16, 32, 64), "metric": (8, 16, 32, 64, 128)}
@@ -55,6 +56,7 @@ LIMITS = {8: 5.0, 16: 5.0, 32: 2.5, 64: 2.5, 128: 2.5}
 BUDGET = {"dense": 3.0e11, "sketch": 3.0e11, "metric": 7.5e11}
 """Cells with more operations an iteration are left out."""
 
+AXES = {"n": "rows", "d": "width"}
 LARGE = 2.0e8
 """Cells with fewer are left out of the fits: overhead."""
 
@@ -135,7 +137,7 @@ def measure(cell: Cell, repeats: int) -> dict[str, Any]:
     objective, theta = point.objective, point.theta
     before = objective.operations.as_dict()
     found: list[tuple[int | None, int]] = []
-    replay = Replay(record(lambda: found.append(iteration(cell.method, theta, objective))))
+    replay = Replay(trace(lambda: found.append(iteration(cell.method, theta, objective))).products)
     (sampled, inner) = found[0]
     operations = {k: v - before[k] for k, v in objective.operations.as_dict().items()}
     times: dict[str, list[float]] = {"iteration": [], "GEMMs": []}
@@ -161,16 +163,16 @@ def measure(cell: Cell, repeats: int) -> dict[str, Any]:
 
 
 def exponents(
-    entries: Sequence[dict[str, Any]], values: Sequence[float]
+    entries: Sequence[dict[str, Any]], values: Sequence[float], axes: Mapping[str, str] = AXES
 ) -> dict[str, tuple[float, float]]:
-    """Exponents of n and d in a fitted product of powers, each with its standard error."""
-    columns = [[1.0, np.log(e["rows"]), np.log(e["width"])] for e in entries]
+    """Exponents of the axes in a fitted product of powers, each with its standard error."""
+    columns = [[1.0, *(np.log(e[axis]) for axis in axes.values())] for e in entries]
     design, target = np.array(columns), np.log(np.array(values))
     solution, *_ = np.linalg.lstsq(design, target, rcond=None)
     rest = target - design @ solution
-    variance = float(rest @ rest) / max(1, len(target) - 3)
+    variance = float(rest @ rest) / max(1, len(target) - 1 - len(axes))
     errors = np.sqrt(np.diag(np.linalg.inv(design.T @ design)) * variance)
-    return {name: (float(solution[i]), float(errors[i])) for i, name in ((1, "n"), (2, "d"))}
+    return {name: (float(solution[i]), float(errors[i])) for i, name in enumerate(axes, 1)}
 
 
 def summarise(entries: Sequence[dict[str, Any]], least: float) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 Float32, d = 384, 12 heads, at n = 128 (32 sequences) and n = 2048 (2 sequences). The three are
 timed in turns and the medians are of the ratios within a turn. "Forward" is the computation of the
 features that the solver runs at each new point; "GEMMs" are the matrix products of one
-Gauss-Newton product run again alone (see `gemm_replay`). Peak memory is that of a process of its
-own: one sequence of n = 16384, one head, features and one product.
+Gauss-Newton product run again alone (see `attnreg.roofline.replay`). Peak memory is that of a
+process of its own: one sequence of n = 16384, one head, features and one product.
 
     python -m benchmarks.product_cost
 """
@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from attnreg.roofline.replay import Replay
+from attnreg.roofline.trace import trace
 from benchmarks.common import command_line, machine, median, parse, print_table, save, show
-from benchmarks.gemm_replay import Replay, record
 
 if TYPE_CHECKING:
     from attnreg.objective import Point
@@ -69,7 +70,7 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
     kept = [
         matrix for attention in point.features._attention for matrix in attention._softmax or ()
     ]
-    products = record(lambda: point.gauss_newton(direction), kept)
+    products = trace(lambda: point.gauss_newton(direction), kept).products
     bodies: dict[str, Callable[[], Any]] = {
         "forward": lambda: objective.features(theta),
         "product": lambda: point.gauss_newton(direction),

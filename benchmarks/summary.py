@@ -158,6 +158,27 @@ def _complexity(content: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _growth(content: dict[str, Any]) -> list[str]:
+    found, lines = content["summary"], []
+    for name, fit in found["fits"].items():
+        powers = [f"{axis}^{power:.2f} +- {error:.2f}" for axis, (power, error) in fit.items()]
+        lines.append(f"growth, {name}: {', '.join(powers)}")
+    low, high = found["ratio"]
+    line = f"growth, {found['cells']} cells: {low:.2f} to {high:.2f} x its matrix products"
+    return [*lines, line]
+
+
+def _roofline(content: dict[str, Any]) -> list[str]:
+    lines = []
+    for precision, run in content["runs"].items():
+        for kernel in run["kernels"]:
+            share = f"{100 * kernel['share']:.0f} % of its products' rate"
+            rates = f"{kernel['rate'] / 1e9:.0f} of {kernel['gemm_rate'] / 1e9:.0f} GFLOP/s"
+            line = f"roofline, {precision}, {kernel['name']}: {share}, {rates}"
+            lines.append(f"{line}, error {kernel['error']:.0e}")
+    return lines
+
+
 def _sketch(content: dict[str, Any]) -> list[str]:
     failures = [case["rates"]["1"]["failures"] for case in content["cases"]]
     seeds = content["setting"]["seeds"]
@@ -182,11 +203,13 @@ LINES = {
     "planted": _planted,
     "real_layer": _layer,
     "product_cost": _product,
+    "roofline": _roofline,
     "tail": _tail,
     "certificates": _certificates,
     "certificate_layer": _certificate_layer,
     "convergence": _convergence,
     "inner_iterations": _inner_iterations,
+    "growth": _growth,
     "complexity": _complexity,
     "sketch": _sketch,
     "conversion": _conversion,

@@ -11,11 +11,15 @@ from attnreg.models import Bilinear, MultiHead, attention
 from attnreg.objective import Objective, Point
 from attnreg.operations import Operations
 from attnreg.problem import AttentionProblem
-from benchmarks.gemm_replay import record
+from attnreg.roofline.trace import trace
 from tests.twins import normal
 
 N, M, D, E, V, OUT = 30, 20, 5, 4, 3, 2
-MODELS = {"bilinear": Bilinear(), "heads": MultiHead(4, 2, 2, 3, bias=False)}
+MODELS = {
+    "bilinear": Bilinear(),
+    "heads": MultiHead(4, 2, 2, 3, bias=False),
+    "heads and biases": MultiHead(4, 2, 2, 3),
+}
 
 
 def point_of(model, dtype=torch.float64, **options):
@@ -48,10 +52,10 @@ MATRICES = {
 def count(body, point):
     """Operations counted by the package, and those of the products that torch executes."""
     before = point.objective.operations.as_dict()
-    products = record(lambda: body(point))
+    executed = trace(lambda: body(point))
     after = point.objective.operations.as_dict()
     spent = {kind: after[kind] - before[kind] for kind in after}
-    return spent, sum(product.flops for product in products)
+    return spent, sum(product.flops for product in executed.products)
 
 
 @pytest.mark.parametrize("name", DERIVATIVES)

@@ -19,7 +19,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from torch import Tensor
 
-from attnreg import __version__, cli_conversion, cli_evaluation
+from attnreg import __version__, cli_bench, cli_conversion, cli_evaluation
 from attnreg.certificate import Certificate, Kind, verify
 from attnreg.fitting import SOLVERS, fit
 from attnreg.masks import and_causal
@@ -292,6 +292,7 @@ def demo_command(
 
 cli_conversion.add_to(app)
 cli_evaluation.add_to(app)
+cli_bench.add_to(app)
 
 
 @app.callback(no_args_is_help=True)

@@ -223,7 +223,7 @@ def plan_command(
 
     if not 0 < kv_budget <= 1:
         raise ValueError(f"--kv-budget is {kv_budget}; expected a share above 0 and at most 1")
-    _check_figure(figure)
+    check_figure("--figure", figure)
     checkpoint = Checkpoint.open(model)
     options = Options(
         window, tokens, held_out, max_iterations=max_iterations, seed=seed, device=device
@@ -338,12 +338,16 @@ def _verdict(
     return None
 
 
-def _check_figure(figure: Path | None) -> None:
+def check_figure(option: str, figure: Path | None) -> None:
+    """Refuses a picture that could not be drawn or written."""
     if figure is None:
         return
     if not figure.resolve().parent.is_dir():
-        raise ValueError(f"--figure {figure}: its folder does not exist; make it first")
+        raise ValueError(f"{option} {figure}: its folder does not exist; make it first")
     try:
-        import matplotlib  # noqa: F401
+        from matplotlib.backend_bases import FigureCanvasBase
     except ModuleNotFoundError as error:
-        raise ValueError("--figure needs matplotlib: pip install 'attnreg[plots]'") from error
+        raise ValueError(f"{option} needs matplotlib: pip install 'attnreg[plots]'") from error
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if figure.suffix[1:].lower() not in formats:
+        raise ValueError(f"{option} {figure}: its ending is none of {', '.join(sorted(formats))}")

@@ -98,6 +98,25 @@ def as_device(device: torch.device | str | None) -> torch.device | None:
         ) from None
 
 
+def usable_device(device: torch.device | str) -> torch.device:
+    """The device, once something was put there.
+
+    Args:
+        device: Or its name.
+
+    Returns:
+        The device.
+
+    Raises:
+        ValueError: If there is none, or torch cannot use it.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {str(device)!r} cannot be used: {reason}") from error
+
+
 def as_center(center: Mapping[str, Array] | None, like: Tensor) -> Mapping[str, Tensor]:
     """Copies of the parameters that the regulariser pulls towards; models check the shapes.
 

@@ -162,6 +162,13 @@ class Attention:
         for block in self.blocks:
             self._forward(block)
 
+    @property
+    def kept(self) -> dict[str, list[Tensor]]:
+        """What products read again: softmax matrices (or normalisers), queries, keys, values."""
+        e, softmax = self.width, self._normalisers if self._softmax is None else self._softmax
+        queries, keys = self._queries[..., e:], self._keys[..., :e]
+        return {"softmax": softmax, "queries": [queries], "keys": [keys], "values": [self.values]}
+
     # ------------------------------------------------------------------ products
 
     def jvp(self, dq: Tensor, dk: Tensor | None, dv: Tensor | None, out: Tensor) -> None:

@@ -18,7 +18,7 @@ from attnreg.models.attention import Attention
 from attnreg.models.base import Model
 from attnreg.models.comoments import AttentionMoments, Comoments
 from attnreg.models.heads import HeadMap, Rows
-from attnreg.operations import Operations
+from attnreg.operations import Operations, product
 from attnreg.problem import AttentionProblem, Batch
 
 CACHE_BYTES = 10**9
@@ -243,15 +243,26 @@ class Features:
             first += sequences * n
 
     @property
+    def kept(self) -> dict[str, list[Tensor]]:
+        """What :attr:`Attention.kept` names, of all batches."""
+        names = ("softmax", "queries", "keys", "values")
+        return {name: [t for a in self._attention for t in a.kept[name]] for name in names}
+
+    @property
     def row_counts(self) -> tuple[int, int, int]:
         """Rows of queries, keys and values over all batches, padded ones included."""
         keys = sum(b.A2.shape[0] * b.A2.shape[1] for b in self.batches)
         return self.both.shape[0], keys, keys
 
     def _count_projection(self) -> None:
-        """Counts the products of the inputs with all parameter blocks, or their transposes."""
-        sizes = zip(self.row_counts, self.layout.blocks, strict=False)
-        self.operations.projections += sum(2 * rows * block.size for rows, block in sizes)
+        """Counts the products of the inputs with all parameter blocks, or their transposes.
+
+        A constant behind the inputs takes no part in a product.
+        """
+        problem = self.problem
+        widths = (problem.d_query, problem.d_key, problem.d_value)
+        for rows, width, block in zip(self.row_counts, widths, self.layout.blocks, strict=False):
+            self.operations.projections += product(rows, width, block.heads * block.width)
 
     def _attention_vjp(self, attention: Attention, cotangent: Tensor) -> Rows:
         return attention.vjp(cotangent, self.layout.keys_move, self.layout.values_move)

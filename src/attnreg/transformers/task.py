@@ -19,6 +19,7 @@ from attnreg.transformers.calibration import Source, Windows, read_tokenizer, re
 from attnreg.transformers.checkpoint import Checkpoint
 from attnreg.transformers.plan import Plan
 from attnreg.transformers.shapes import AttentionShape
+from attnreg.validation import usable_device
 
 DEFAULT_WINDOW = 512
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -79,11 +80,7 @@ class Options:
             raise ValueError(
                 f"max_seconds={self.max_seconds} was given, a positive number is expected"
             )
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"device {self.device!r} cannot be used: {reason}") from error
+        usable_device(self.device)
 
 
 @dataclass(frozen=True)
