@@ -8,7 +8,8 @@ same targets, and differs only in how a layer is fitted:
     svd       truncated SVD of each bilinear form, weighted by the activations, nothing fitted
     start     the best start by measured error, its W_O solved
     adam      from that start: Adam, mini-batches of whole windows, fused attention, a cosine over
-              its seconds, W_O solved at the end, best of some rates (four) by held-out error
+              its seconds, W_O solved at the end within them (not counted: at the start), best of
+              some rates (four) by held-out error
     ours      from that start: `attnreg.fit`
     adam+     adam for half of the time, then our final pass over the whole model for the other half
     final     ours for half of the time, then the final pass: what `attnreg compress` does
@@ -158,12 +159,14 @@ def peer(method: str, seconds: float, rates: Sequence[float], windows: int) -> C
 
     def fitted(problem: Any, few: Any, teacher: Any, model: Any) -> dict[str, dict[str, Tensor]]:
         best = best_start(few, *teacher, model)
+        began = time.perf_counter()
         init = solve_readout(problem, model, best.weights)[1]
+        solve = time.perf_counter() - began
         if method == "start":
             return {best.name: init}
-        found = {}
+        found, own = {}, max(seconds - solve, seconds / 10)
         for rate in rates:
-            end = adam(problem, model, init, rate=rate, windows=windows, seconds=seconds)
+            end = adam(problem, model, init, rate=rate, windows=windows, seconds=own)
             found[f"rate {rate:g}"] = solve_readout(problem, model, end)[1]
         return found
 
