@@ -11,10 +11,10 @@ after the last block, so that a step runs the student alone, forward and back. D
 torch's, through transformers' own modules; nothing but attention weights moves, and the gains of
 head norms stay. The steps are Adam's (Kingma and Ba 2015); the rate of a tensor is that of
 :data:`RATES` times its root mean square at the start (0.01 for a tensor of zeros) over the root of
-the model's width, rises over :data:`WARM_UP` steps and falls to zero along a cosine. :data:`CHECKS` times in
-the pass the weights, rounded to the dtype that they are saved in, are scored on the held-out
-windows, and the best are the result: the held-out numbers of a conversion are those of the best of
-so many, which flatters them a little.
+the model's width, rises over :data:`WARM_UP` steps and falls to zero along a cosine.
+:data:`CHECKS` times in the pass the weights, rounded to the dtype that they are saved in, are
+scored on the held-out windows, and the best are the result: the held-out numbers of a conversion
+are those of the best of so many, which flatters them a little.
 
 All blocks are in memory at once, in float32.
 """
