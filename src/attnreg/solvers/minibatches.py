@@ -62,8 +62,8 @@ def joint_gradient(
     weighted = residual * batch.weights.reshape(-1, 1)
     gradient = features.vjp(weighted @ readout[:width].mT).mul_(2.0)
     slope = (columns.mT @ weighted).mul_(2.0)
-    objective.operations.projections += 3 * product(
-        columns.shape[0], columns.shape[1], residual.shape[1]
+    objective.operations.projections += product(
+        columns.shape[0], 2 * columns.shape[1] + width, residual.shape[1]
     )
     loss = float((weighted * residual).sum(dtype=torch.float64))
     return gradient, slope, loss
