@@ -93,3 +93,34 @@ class IterationRecord:
         if self.rows_sampled is None:
             return "exact"
         return f"{self.rows_sampled} of {self.rows_available}"
+
+
+@dataclass(frozen=True)
+class Minima:
+    """What a fit with many starts found.
+
+    Attributes:
+        starts: How many there were, the given one included.
+        rounds: Rounds of as many reflections of the best minima that followed.
+        runs: Descents from starts and reflections, those that were given up included.
+        converged: Descents that converged; the others were dropped as hopeless or cut short.
+        distinct: Distinct minima among them: sorted by value, two neighbours are distinct where
+            the values differ by more than 1e-4 of the lower and 1e-9 ``||B - mean||_F^2``.
+        best: How many of them ended in the best minimum.
+    """
+
+    starts: int
+    rounds: int
+    runs: int
+    converged: int
+    distinct: int
+    best: int
+
+    @property
+    def text(self) -> str:
+        """One line."""
+        return (
+            f"{self.distinct} distinct, the best found {self.best} times by {self.runs} descents "
+            f"({self.starts} starts, {self.rounds} rounds of reflections), {self.converged} of "
+            "which converged"
+        )
