@@ -21,6 +21,7 @@ NAMES = (
     "complexity",
     "certificates",
     "real_layer",
+    "multimodal",
     "conversion",
     "conversion_minilm",
     "planted",

@@ -178,6 +178,19 @@ def _conversion(content: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _multimodal(content: dict[str, Any]) -> list[str]:
+    lines = []
+    for width, found in content["widths"].items():
+        case, ours, peer = found["summary"], found["summary"]["ours"], found["summary"]["peer"]
+        lines.append(
+            f"multi-modal, d = {width}: solution found on {ours['found']} of {case['instances']}, "
+            f"median {ours['median_seconds']:.2f} s, at most {ours['most_seconds']:.1f} s; 100 "
+            f"L-BFGS starts: {peer['found']}, median {peer['median_seconds']:.1f} s (batched at "
+            f"least {peer['median_seconds_batched_bound']:.1f} s)"
+        )
+    return lines
+
+
 LINES = {
     "planted": _planted,
     "real_layer": _layer,
@@ -189,6 +202,7 @@ LINES = {
     "inner_iterations": _inner_iterations,
     "complexity": _complexity,
     "sketch": _sketch,
+    "multimodal": _multimodal,
     "conversion": _conversion,
     "conversion_minilm": _conversion,
 }

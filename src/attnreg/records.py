@@ -101,17 +101,18 @@ class Minima:
 
     Attributes:
         starts: How many there were, the given one included.
-        rounds: Rounds of as many reflections of the best minima that followed.
-        runs: Descents from starts and reflections, those that were given up included.
+        rounds: Rounds that followed, of as many reflections of the best minima or fresh starts.
+        descents: All of them, those that were given up included.
         converged: Descents that converged; the others were dropped as hopeless or cut short.
-        distinct: Distinct minima among them: sorted by value, two neighbours are distinct where
-            the values differ by more than 1e-4 of the lower and 1e-9 ``||B - mean||_F^2``.
-        best: How many of them ended in the best minimum.
+        distinct: Distinct minima of those that converged: sorted by value, two neighbours are
+            distinct where the values differ by more than 1e-4 of the lower one and
+            1e-9 ``||B - mean||_F^2``.
+        best: How many descents ended in the best of them.
     """
 
     starts: int
     rounds: int
-    runs: int
+    descents: int
     converged: int
     distinct: int
     best: int
@@ -120,7 +121,6 @@ class Minima:
     def text(self) -> str:
         """One line."""
         return (
-            f"{self.distinct} distinct, the best found {self.best} times by {self.runs} descents "
-            f"({self.starts} starts, {self.rounds} rounds of reflections), {self.converged} of "
-            "which converged"
+            f"{self.distinct} distinct, the best found {self.best} times; {self.converged} of "
+            f"{self.descents} descents converged ({self.starts} starts, {self.rounds} more rounds)"
         )

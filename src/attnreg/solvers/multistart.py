@@ -3,15 +3,16 @@ r"""Many starts side by side, then reflections of the best minima.
 Small problems have many local minima. Here many starts descend side by side (:mod:`.descents`),
 with logits of several sizes, along the regularisation path.
 
-**Reflections.** To first order in ``X`` the outputs are ``A1 X G Y`` with the second moment ``G``
-of keys and values, and ``X P``, ``P^{-1} Y`` give the same for every ``P`` that leaves ``G`` as it
-is. Many local minima are right to first order and wrong in such a ``P``: of planted problems of
-eight dimensions, ``X*^{-1} X`` at the better local minima has a negative eigenvalue or two. So the
-best distinct minima are reflected in random directions, ``X (I - 2 G u u^T / u^T G u)``, which
-leaves the distribution of the logits as it is, and descend again without the path; a few rounds.
+**Reflections.** To first order in ``X`` the outputs are ``A1 X G Y`` plus a constant, with the
+second moment ``G`` of keys and values, and ``X P`` with another ``Y`` gives the same for every
+invertible ``P``. Many local minima are right to first order and wrong in ``P``: on planted problems
+of eight dimensions the better ones have an ``X`` for which ``X*^{-1} X`` has one or two negative
+eigenvalues. So the best distinct minima are reflected in random directions,
+``X (I - 2 G u u^T / u^T G u)``, which keeps the second moment of the logits, and descend again
+without the path. Where two rounds of it bring nothing better, the next round has fresh starts,
+and the reflections after it are of what these found.
 
-Measured, not proven (``benchmarks/multimodal.py``): one in about a hundred starts finds the planted
-solution of eight dimensions, and one in about fifteen reflections does.
+Measured, not proven (``benchmarks/multimodal.py``).
 """
 
 from __future__ import annotations
@@ -30,8 +31,11 @@ from attnreg.solvers.descents import Descents
 from attnreg.solvers.path import COLD, WARM
 from attnreg.solvers.stacked import Stack, numbers_per_start
 
-ROUNDS = 8
-"""Rounds of reflections after the starts."""
+ROUNDS = 16
+"""Rounds after the first, as many descents in each as there are starts."""
+
+PATIENCE = 2
+"""Rounds of reflections that bring nothing better, after which others start."""
 
 PARENTS = 4
 """Distinct minima that are reflected in a round, the best ones."""
@@ -117,20 +121,36 @@ class _Search:
         self._values = gram.new_zeros(0)
         self._ends = gram.new_zeros(0, *self._stack.shape)
         self._converged = torch.zeros(0, dtype=torch.bool, device=gram.device)
-        self._rounds = 0
+        self._rounds, self._island, self._stale = 0, 0, 0
 
     def run(self, theta: Tensor) -> Found:
         interrupted = False
         try:
             self._descend(self._random(theta), COLD)
-            for _ in range(ROUNDS if len(self._keys.values) else 0):
-                if self._out_of_time() or self._best() <= ZERO * self._unit:
+            while self._rounds < ROUNDS and not self._out_of_time():
+                if self._best() <= ZERO * self._unit:
                     break
                 self._rounds += 1
-                self._descend(self._reflections(), WARM)
+                self._next_round()
         except KeyboardInterrupt:
             interrupted = True
         return Found(self._better(theta), self._minima(), interrupted)
+
+    def _next_round(self) -> None:
+        """Reflections while they help, else other starts."""
+        before = self._island_best
+        if self._stale < PATIENCE and len(self._keys.values):
+            self._descend(self._reflections(), WARM)
+            helped = self._apart(self._island_best, before)
+            self._stale = 0 if helped else self._stale + 1
+        else:
+            self._island, self._stale = len(self._values), 0
+            self._descend(self._random(None), COLD)
+
+    @property
+    def _island_best(self) -> float:
+        values = self._values[self._island :]
+        return float(values.min()) if len(values) else torch.inf
 
     @property
     def _unit(self) -> float:
@@ -157,10 +177,13 @@ class _Search:
 
     def _show(self, running: int, best: float) -> None:
         error = (max(0.0, min(best, self._best())) / self._unit) ** 0.5
-        name = f"reflections {self._rounds}/{ROUNDS}" if self._rounds else "starts"
-        self._tell(f"{name}: {running:4d} left, best error {error:.2e}", self._rounds, ROUNDS + 1)
+        self._tell(
+            f"starts, round {self._rounds}: {running:4d} left, best error {error:.2e}",
+            self._rounds,
+            ROUNDS + 1,
+        )
 
-    def _random(self, theta: Tensor) -> Tensor:
+    def _random(self, theta: Tensor | None) -> Tensor:
         """The start that was given and others with logits of several sizes."""
         problem = self._objective.problem
         shape = (self._starts, *self._stack.shape)
@@ -168,7 +191,8 @@ class _Search:
         low, high = (torch.tensor(size, dtype=torch.float64).log() for size in START_LOGITS)
         sizes = torch.linspace(float(low), float(high), self._starts, dtype=torch.float64).exp()
         x *= sizes[:, None, None] / self._objective.model.logit_size(problem)
-        x[0] = theta.double().cpu().view(self._stack.shape)
+        if theta is not None:
+            x[0] = theta.double().cpu().view(self._stack.shape)
         return x.to(problem.device)
 
     def _reflections(self) -> Tensor:
@@ -186,6 +210,8 @@ class _Search:
         """The best end of each distinct value, in their order."""
         kept: list[int] = []
         for i in self._values.argsort().tolist():
+            if i < self._island:
+                continue
             value = float(self._values[i])
             if math.isfinite(value) and (
                 not kept or self._apart(float(self._values[kept[-1]]), value)
@@ -206,7 +232,7 @@ class _Search:
         return Minima(
             starts=self._starts,
             rounds=self._rounds,
-            runs=len(self._values),
+            descents=len(self._values),
             converged=len(values),
             distinct=len(first) if values else 0,
             best=[*first, len(values)][1] if values else 0,
