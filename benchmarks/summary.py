@@ -181,12 +181,13 @@ def _conversion(content: dict[str, Any]) -> list[str]:
 def _multimodal(content: dict[str, Any]) -> list[str]:
     lines = []
     for width, found in content["widths"].items():
-        case, ours, peer = found["summary"], found["summary"]["ours"], found["summary"]["peer"]
+        ours, peer = found["summary"]["ours"], found["summary"]["peer"]
         lines.append(
-            f"multi-modal, d = {width}: solution found on {ours['found']} of {case['instances']}, "
+            f"multi-modal, d = {width}: solution found on {ours['found']} of {ours['instances']}, "
             f"median {ours['median_seconds']:.2f} s, at most {ours['most_seconds']:.1f} s; 100 "
-            f"L-BFGS starts: {peer['found']}, median {peer['median_seconds']:.1f} s (batched at "
-            f"least {peer['median_seconds_batched_bound']:.1f} s)"
+            f"L-BFGS starts: {peer['found']} of {peer['instances']}, median "
+            f"{peer['median_seconds']:.0f} s (batched at least "
+            f"{peer['median_seconds_batched_bound']:.0f} s)"
         )
     return lines
 

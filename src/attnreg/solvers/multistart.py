@@ -17,6 +17,7 @@ Measured, not proven (``benchmarks/multimodal.py``).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -139,9 +140,10 @@ class _Search:
     def _next_round(self) -> None:
         """Reflections while they help, else other starts."""
         before = self._island_best
-        if self._stale < PATIENCE and len(self._keys.values):
+        if self._stale < PATIENCE and len(self._keys.values) and math.isfinite(before):
             self._descend(self._reflections(), WARM)
-            helped = self._apart(self._island_best, before)
+            after = self._island_best
+            helped = len(distinct([after, before], self._unit)) == 2
             self._stale = 0 if helped else self._stale + 1
         else:
             self._island, self._stale = len(self._values), 0
@@ -197,7 +199,7 @@ class _Search:
 
     def _reflections(self) -> Tensor:
         """As many reflections as there are starts, of the best distinct minima."""
-        parents = self._ends[self._distinct()[:PARENTS]]
+        parents = self._parents()
         x = parents.repeat(-(-self._starts // len(parents)), 1, 1)[: self._starts]
         vectors, root = self._keys.vectors.double(), self._keys.values.double().sqrt()
         normal = torch.randn(len(x), len(root), generator=self._generator, dtype=torch.float64)
@@ -206,18 +208,12 @@ class _Search:
         image, direction = normal * root @ vectors.mT, normal / root @ vectors.mT  # G u, u
         return x - 2 * (x @ image[..., None]) * direction[:, None]
 
-    def _distinct(self) -> list[int]:
-        """The best end of each distinct value, in their order."""
-        kept: list[int] = []
-        for i in self._values.argsort().tolist():
-            if i < self._island:
-                continue
-            value = float(self._values[i])
-            if math.isfinite(value) and (
-                not kept or self._apart(float(self._values[kept[-1]]), value)
-            ):
-                kept.append(i)
-        return kept
+    def _parents(self) -> Tensor:
+        """The best distinct minima since the last fresh starts."""
+        order = self._island + self._values[self._island :].argsort()
+        order = order[self._values[order].isfinite()]
+        first = distinct(self._values[order].tolist(), self._unit)[:PARENTS]
+        return self._ends[order[first]]
 
     def _better(self, theta: Tensor) -> Tensor:
         if not len(self._values):
@@ -228,19 +224,30 @@ class _Search:
 
     def _minima(self) -> Minima:
         values = self._values[self._converged].sort().values.tolist()
-        first = [0, *(i for i in range(1, len(values)) if self._apart(*values[i - 1 : i + 1]))]
+        first = distinct(values, self._unit)
         return Minima(
             starts=self._starts,
             rounds=self._rounds,
             descents=len(self._values),
             converged=len(values),
-            distinct=len(first) if values else 0,
-            best=[*first, len(values)][1] if values else 0,
+            distinct=len(first),
+            best=[*first, len(values)][1] if first else 0,
         )
 
-    def _apart(self, low: float, high: float) -> bool:
-        """Whether two values belong to distinct minima."""
-        return high - low > DISTINCT * low + SAME * self._unit
+
+def distinct(values: list[float], unit: float) -> list[int]:
+    """Where the distinct minima begin.
+
+    Args:
+        values: Sorted values, finite.
+        unit: ``||B - mean||_F^2``.
+
+    Returns:
+        The index of the lowest value of each.
+    """
+    pairs = enumerate(itertools.pairwise(values), start=1)
+    apart = [i for i, (low, high) in pairs if high - low > DISTINCT * low + SAME * unit]
+    return [0, *apart] if values else []
 
 
 def check_size(objective: Objective) -> None:
