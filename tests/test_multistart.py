@@ -180,6 +180,18 @@ def test_a_noisy_problem_says_how_often_the_best_was_found(monkeypatch):
     assert "the best found" in result.minima.text
 
 
+@pytest.mark.parametrize("constant", ["A1", "A2", "A3"])
+def test_inputs_without_directions(constant, monkeypatch):
+    """Nothing to reflect, or nothing to fit: the search ends all the same."""
+    monkeypatch.setattr(multistart, "ROUNDS", 2)
+    given = {"A1": normal(7, 3), "A2": normal(5, 2), "A3": normal(5, 3, seed=1)}
+    given[constant] = torch.zeros_like(given[constant])
+    problem = AttentionProblem(B=normal(7, 2, seed=2), **given)
+    result = fit(problem, starts=3)
+    assert result.minima.best >= 1
+    assert result.loss == pytest.approx(fit(problem).loss, rel=1e-9)
+
+
 def test_float32_and_groups_of_starts(monkeypatch):
     monkeypatch.setattr(multistart, "ROUNDS", 1)
     whole = fit(NOISY, starts=4)

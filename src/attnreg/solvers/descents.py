@@ -104,7 +104,8 @@ class Descents:
         self._x = torch.where(taken[:, None, None], self._x + direction, self._x)
         self._at = trial.where(taken, at)
         self._steps += 1
-        self._leave(share, self._damping >= MAX_DAMPING, best)
+        stuck = (self._damping >= MAX_DAMPING) | ~self._at.gradient.any(dim=1)
+        self._leave(share, stuck, best)
 
     def _solve(self) -> tuple[Tensor, Tensor]:
         """Damped directions ``(s, d_query, d_key)`` and the decreases that the models predict."""

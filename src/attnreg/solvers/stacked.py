@@ -97,8 +97,8 @@ class Stack:
 
     def power(self, x: Tensor) -> Tensor:
         """Mean squared norm of a feature column of each start: the unit of the path."""
-        parts = [self._features(chunk)[0].square().sum(1).mean(1) for chunk in self._chunks(x)]
-        return torch.cat(parts)
+        parts = [self._features(chunk)[0].square().sum((1, 2)) for chunk in self._chunks(x)]
+        return torch.cat(parts) / max(1, len(self._readout_ridge))
 
     def derivatives(self, x: Tensor, damping: Tensor) -> Derivatives:
         """Objective and derivatives.
@@ -167,8 +167,8 @@ class Stack:
         """``W^{1/2} f`` ``(s, rows, v)`` and ``W^{1/2} D`` ``(s, rows, v, d_key)``."""
         moments = [part.moments(x) for part in self._parts]
         mean, keys, raw = (torch.cat(parts, dim=1) for parts in zip(*moments, strict=True))
-        raw.unflatten(2, (mean.shape[2], -1)).sub_(mean[..., None] * keys[:, :, None])
-        second = raw.mul_(self._root).unflatten(2, (mean.shape[2], -1))
+        second = raw.unflatten(2, (mean.shape[2], keys.shape[2]))
+        second.sub_(mean[..., None] * keys[:, :, None]).mul_(self._root[..., None])
         return mean * self._root, second
 
 
