@@ -23,6 +23,7 @@ NAMES = (
     "complexity",
     "certificates",
     "real_layer",
+    "multimodal",
     "conversion",
     "conversion_minilm",
     "planted",

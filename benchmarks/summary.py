@@ -199,6 +199,20 @@ def _conversion(content: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _multimodal(content: dict[str, Any]) -> list[str]:
+    lines = []
+    for width, found in content["widths"].items():
+        ours, peer = found["summary"]["ours"], found["summary"]["peer"]
+        lines.append(
+            f"multi-modal, d = {width}: solution found on {ours['found']} of {ours['instances']}, "
+            f"median {ours['median_seconds']:.2f} s, at most {ours['most_seconds']:.1f} s; 100 "
+            f"L-BFGS starts: {peer['found']} of {peer['instances']}, median "
+            f"{peer['median_seconds']:.0f} s (batched at least "
+            f"{peer['median_seconds_batched_bound']:.0f} s)"
+        )
+    return lines
+
+
 LINES = {
     "planted": _planted,
     "real_layer": _layer,
@@ -212,6 +226,7 @@ LINES = {
     "growth": _growth,
     "complexity": _complexity,
     "sketch": _sketch,
+    "multimodal": _multimodal,
     "conversion": _conversion,
     "conversion_minilm": _conversion,
 }

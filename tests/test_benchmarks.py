@@ -10,7 +10,7 @@ import torch
 from attnreg import AttentionProblem, MultiHead
 from attnreg.models import Rotary
 from attnreg.result import predict
-from benchmarks import common, conversion_bed, conversion_minilm, planted, summary
+from benchmarks import common, conversion_bed, conversion_minilm, multimodal, planted, summary
 from benchmarks.planted_problem import NOISE
 from benchmarks.planted_problem import planted as instance_of
 
@@ -175,3 +175,22 @@ def test_the_clock_bounds_ours_for_all_layers(method, bound, final):
     assert fields["max_seconds"] == bound
     assert (fields["final_steps"] > 0) == final
     assert fields["generate"] == 5
+
+
+def test_multimodal_cases_with_and_without_the_peer():
+    first = multimodal.case(4, 0, 16, 1)
+    second = multimodal.case(4, 1, 16, 1, seconds=60.0)
+    assert second["peer"] is None
+    assert first["peer"]["evaluations"] > 1
+    assert first["ours"]["minima"]["starts"] == 16
+    found = multimodal.summary([first, second])
+    assert (found["ours"]["instances"], found["peer"]["instances"]) == (2, 1)
+    line = summary._multimodal({"widths": {"4": {"summary": found}}})[0]
+    assert f"found on {found['ours']['found']} of 2" in line
+
+
+def test_a_multimodal_batch_of_losses_is_their_sum():
+    A, B = multimodal.instance(4, 0)
+    X, Y = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1)).double()
+    single = [multimodal.loss_of(A, B, x, y) for x, y in zip(X, Y, strict=True)]
+    assert float(multimodal.loss_of(A, B, X, Y)) == pytest.approx(float(sum(single)), rel=1e-12)

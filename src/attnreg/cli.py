@@ -106,6 +106,7 @@ Rigorous = Annotated[
     bool,
     typer.Option("--rigorous", help="Ball arithmetic, for small problems: no rounding is assumed."),
 ]
+Starts = Annotated[int, typer.Option(help="Descend from so many starts at once, for small X.")]
 Certify = Annotated[
     bool,
     typer.Option("--certify", help="Go on until the certified gap, relative, is within --tol."),
@@ -134,6 +135,7 @@ def fit_command(
     ridge_y: RidgeY = None,
     causal: Causal = False,
     init: Init = None,
+    starts: Starts = 1,
     center: Center = None,
     solver: SolverName = SOLVERS[0],
     tol: Tol = 1e-8,
@@ -168,6 +170,7 @@ def fit_command(
             model,
             solver=solver,
             init=start,
+            starts=starts,
             tol=tol,
             max_iterations=max_iterations,
             max_seconds=max_seconds,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,8 +18,9 @@ from attnreg.progress import ProgressDisplay
 from attnreg.records import IterationRecord, Status
 from attnreg.result import FitResult
 from attnreg.solvers.approximate_newton import MAX_DENSE_SIZE, ApproximateNewton
+from attnreg.solvers.multistart import check_size, multistart
 from attnreg.solvers.path import WARM, stages_for
-from attnreg.solvers.run import Outcome, Settings
+from attnreg.solvers.run import Outcome, Run, Settings
 from attnreg.solvers.stochastic import Stochastic
 from attnreg.solvers.trust_region import TrustRegion
 
@@ -39,6 +41,7 @@ def fit(
     *,
     solver: str = "trust-region",
     init: Mapping[str, Tensor] | FitResult | None = None,
+    starts: int = 1,
     tol: float = 1e-8,
     max_iterations: int = 500,
     max_seconds: float | None = None,
@@ -63,6 +66,10 @@ def fit(
             (``Y``, or ``W_O`` and ``b_O``) is zero is led in by the regularisation path; for
             :class:`Bilinear` other starts are tried too, and the loss may rise between them. The
             result is the best point of all, never worse than ``init`` with its best readout.
+        starts: Above 1, so many starts, ``init``'s among them, descend side by side first, then
+            reflections of the best minima; the fit goes on from the best end, and the result's
+            ``minima`` says what was found. For :class:`Bilinear` with ``"trust-region"`` and ``X``
+            of at most 1024 entries. The callback is not called meanwhile.
         tol: The fit has converged when the dual norm of the reduced gradient in the natural
             metric is at most ``tol * ||B - mean||_F^2``.
         max_iterations: Bound on the iterations, rejected steps included.
@@ -88,6 +95,7 @@ def fit(
     model = Bilinear() if model is None else model
     _check_bounds(tol, max_iterations, max_seconds)
     check_solver(solver, problem, model)
+    check_starts(starts, solver, model)
     if certify and solver == "stochastic":
         raise ValueError(
             "certify=True needs a point next to a minimiser, and solver='stochastic' does not come "
@@ -122,6 +130,14 @@ def fit(
         generator = torch.Generator().manual_seed(seed)
         stages = stages_for(readout) if solver == "trust-region" else WARM
         settings = Settings(bound, max_iterations, max_seconds, stages, confirm)
+        found = None
+        if starts > 1:
+            check_size(objective)
+            out_of_time = Run(objective, settings, observe, began).out_of_time
+            found = multistart(objective, theta, starts, generator, out_of_time, display.show)
+            theta, settings = found.theta, replace(settings, stages=WARM)
+            if found.interrupted:
+                settings = replace(settings, max_iterations=0)
         if solver == "trust-region":
             outcome = TrustRegion(objective, theta, settings, generator, observe, began).run()
         elif solver == "stochastic":
@@ -131,6 +147,8 @@ def fit(
             loop = ApproximateNewton(objective, theta, settings, observe, began, source)
             outcome = loop.run()
         status, notes, certificate = outcome.status, _notes(objective, outcome), None
+        if found is not None and found.interrupted and status is Status.MAX_ITERATIONS:
+            status = Status.INTERRUPTED
         if certifier is not None and status not in CUT_SHORT:
             confirmed, certificate = certifier.confirms(outcome.point), certifier.certificate
             status = Status.CERTIFIED if confirmed else status
@@ -156,6 +174,7 @@ def fit(
         problem_digest=problem.digest(),
         certificate=certificate,
         solver=solver,
+        minima=None if found is None else found.minima,
     )
 
 
@@ -214,6 +233,28 @@ def check_solver(solver: str, problem: AttentionProblem, model: Model) -> None:
         raise ValueError(
             f"solver='newton-sketch' forms a matrix with a row for each entry of X and takes at "
             f"most {MAX_DENSE_SIZE}, X has {size}: use solver='newton-cg'"
+        )
+
+
+def check_starts(starts: int, solver: str, model: Model) -> None:
+    """Whether a fit can have so many starts.
+
+    Raises:
+        ValueError: If there is no start, or the solver or the model takes one only.
+    """
+    if starts < 1:
+        raise ValueError(f"starts={starts} was given, at least 1 is expected")
+    if starts == 1:
+        return
+    if solver != "trust-region":
+        raise ValueError(
+            f"starts={starts} was given with solver={solver!r}, which takes one start: use "
+            "solver='trust-region', and its result as init="
+        )
+    if not isinstance(model, Bilinear):
+        raise ValueError(
+            f"starts={starts} was given and {type(model).__name__} takes one start: leave starts "
+            "at 1, and compare fits with other seed= or init="
         )
 
 

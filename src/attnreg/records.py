@@ -93,3 +93,34 @@ class IterationRecord:
         if self.rows_sampled is None:
             return "exact"
         return f"{self.rows_sampled} of {self.rows_available}"
+
+
+@dataclass(frozen=True)
+class Minima:
+    """What a fit with many starts found.
+
+    Attributes:
+        starts: How many there were, the given one included.
+        rounds: Rounds that followed, of as many reflections of the best minima or fresh starts.
+        descents: All of them, those that were given up included.
+        converged: Descents that converged; the others were dropped as hopeless or cut short.
+        distinct: Distinct minima of those that converged: sorted by value, two neighbours are
+            distinct where the values differ by more than 1e-4 of the lower one and
+            1e-9 ``||B - mean||_F^2``.
+        best: How many descents ended in the best of them.
+    """
+
+    starts: int
+    rounds: int
+    descents: int
+    converged: int
+    distinct: int
+    best: int
+
+    @property
+    def text(self) -> str:
+        """One line."""
+        return (
+            f"{self.distinct} distinct, the best found {self.best} times; {self.converged} of "
+            f"{self.descents} descents converged ({self.starts} starts, {self.rounds} more rounds)"
+        )

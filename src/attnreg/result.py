@@ -14,7 +14,7 @@ from attnreg.certificate import Certificate
 from attnreg.masks import and_causal
 from attnreg.models import Bilinear, Features, Model, MultiHead, Rotary
 from attnreg.problem import AttentionProblem
-from attnreg.records import IterationRecord, Status
+from attnreg.records import IterationRecord, Minima, Status
 from attnreg.storage import read_tensors, write_tensors
 
 
@@ -41,6 +41,7 @@ class FitResult:
         certificate: What was proven of the point, where ``fit`` was asked to.
         solver: Name of the solver that found it.
         window: How many keys a query saw where the mask was causal; None for all up to its own.
+        minima: What the search with many starts found; None for a fit with one.
     """
 
     parameters: Mapping[str, Tensor]
@@ -60,6 +61,7 @@ class FitResult:
     certificate: Certificate | None = None
     solver: str = "trust-region"
     window: int | None = None
+    minima: Minima | None = None
 
     @property
     def converged(self) -> bool:
@@ -127,6 +129,7 @@ class FitResult:
             "history": [asdict(record) for record in self.history],
             "notes": list(self.notes),
             "certificate": None if self.certificate is None else self.certificate.as_dict(),
+            "minima": None if self.minima is None else asdict(self.minima),
         }
         metadata |= {name: getattr(self, name) for name in (*_PLAIN, "solver", "window")}
         tensors = {name: value.cpu().contiguous() for name, value in self.parameters.items()}
@@ -150,7 +153,7 @@ class FitResult:
         if sizes.get("rotary") is not None:
             sizes["rotary"] = Rotary(**sizes["rotary"])
         model = _MODELS[sizes.pop("name")](**sizes)
-        certificate = metadata.get("certificate")
+        certificate, minima = metadata.get("certificate"), metadata.get("minima")
         return FitResult(
             parameters=tensors,
             model=model,
@@ -160,6 +163,7 @@ class FitResult:
             certificate=None if certificate is None else Certificate.of_dict(certificate),
             solver=metadata.get("solver", "trust-region"),
             window=metadata.get("window"),
+            minima=None if minima is None else Minima(**minima),
             **{name: metadata[name] for name in _PLAIN},
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import typer
@@ -35,6 +36,8 @@ def fit_summary(result: FitResult) -> dict[str, Any]:
         "operations": dict(last.operations) if last else {},
         "seed": result.seed,
     }
+    if result.minima is not None:
+        summary["minima"] = asdict(result.minima) | {"text": result.minima.text}
     if result.certificate is not None:
         found = result.certificate
         summary["certificate"] = {

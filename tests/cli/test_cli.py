@@ -95,6 +95,17 @@ def test_solvers_by_name(run, problem, solver):
     assert table[-1]["rows"] == result.history[-1].rows
 
 
+def test_many_starts_say_what_they_found(run, problem):
+    code, out, _ = run(*FIT, "--starts", 4, "--json")
+    assert code == 0
+    minima = FitResult.load("fit.safetensors").minima
+    assert json.loads(out)["minima"] == vars(minima) | {"text": minima.text}
+    assert json.loads(run("info", "fit.safetensors", "--json")[1])["minima"]["starts"] == 4
+    assert "distinct" in run("info", "fit.safetensors")[1]
+    run(*FIT)
+    assert "minima" not in json.loads(run("info", "fit.safetensors", "--json")[1])
+
+
 def test_settings_of_the_file_stay(run, folder):
     value = planted(scale=0.5, ridge_x=1e-3, ridge_y=1e-3, mask="causal")
     value.save("problem.safetensors")

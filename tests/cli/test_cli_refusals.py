@@ -154,3 +154,8 @@ def test_usage_errors(run, arguments):
 def test_a_solver_that_is_not_for_the_problem(refused, problem):
     assert "solver='newton' was given" in refused(*FIT, "--solver", "newton")
     assert "needs ridge_x and ridge_y above 0" in refused(*FIT, "--solver", "newton-cg")
+
+
+def test_starts_that_a_fit_cannot_have(refused, problem):
+    assert "at least 1 is expected" in refused(*FIT, "--starts", 0)
+    assert "MultiHead takes one start" in refused(*MULTI, "--head-dim", 2, "--starts", 2)
