@@ -39,12 +39,20 @@ from benchmarks.common import (
     thin,
     write_json,
 )
-from benchmarks.peers import MINIMA_PEERS, OURS, PEERS, Method, Status, Trace
+from benchmarks.peers import OURS, Method, Status, Trace, found, installed, run
 from benchmarks.planted_problem import NOISE, ROWS, SEQUENCES, START_SCALE, WIDTH, Planted, planted
 
 TOLERANCE = 1e-8  # of the initial loss
 REPEATED_PEERS = 2
 DECADES = (0.0, 1.5, 3.0)
+MINIMA = (  # one of each kind, where only the final loss matters
+    "torch L-BFGS (30)",
+    "pytorch-minimize trust-ncg",
+    "pytorch-minimize newton-cg",
+    "torch-levenberg-marquardt (adaptive)",
+    "scipy trf (dense, lsmr)",
+    "Adam (0.01)",
+)
 QUICK_SIZE = {"sequences": 4, "rows": 48, "width": 8}
 
 
@@ -192,7 +200,7 @@ def print_minima(name: str, cases: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _solve(method: Method, instance: Planted, seconds: float, target: float | None = None) -> Trace:
-    return method.solve(instance.arrays, instance.X0, instance.Y0, seconds, target)
+    return run(method, instance.arrays, instance.start, seconds, target)
 
 
 def _outcome(trace: Trace, instance: Planted) -> dict[str, Any]:
@@ -218,10 +226,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; see the module's docstring."""
     options = _options(arguments)
     size = QUICK_SIZE if options.quick else {}
-    speed_peers, minima_peers = (
-        [peer for peer in peers if options.only is None or options.only in peer.name]
-        for peers in (PEERS, MINIMA_PEERS)
-    )
+    peers, _ = installed(found())
+    speed_peers = [
+        setting
+        for peer in peers
+        for setting in peer.planted
+        if options.only is None or options.only in setting.name
+    ]
+    minima_peers = [peer for peer in speed_peers if peer.name in MINIMA]
     path = RESULTS / ("planted-quick.json" if options.quick else "planted.json")
     content: dict[str, Any] = {
         "machine": machine(),
