@@ -20,6 +20,8 @@ NAMES = (
     "certificate_layer",
     "complexity",
     "certificates",
+    "large_layers",
+    "planted_suite",
     "real_layer",
     "conversion",
     "conversion_minilm",

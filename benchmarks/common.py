@@ -28,6 +28,9 @@ PACKAGES = (
     "scipy",
     "pytorch-minimize",
     "torch-levenberg-marquardt",
+    "pytorch-optimizer",
+    "optimistix",
+    "jax",
 )
 console = Console(width=None if sys.stdout.isatty() else 120)
 
@@ -75,6 +78,23 @@ def parse(
 def save(name: str, content: Mapping[str, Any], *, quick: bool) -> None:
     """Writes a benchmark's results; those of a quick run have a file of their own."""
     write_json(RESULTS / f"{name}{'-quick' if quick else ''}.json", content)
+
+
+def results_of(name: str, tier: str) -> Path:
+    """The file of a benchmark's tier; "bench" is the one without a suffix."""
+    return RESULTS / (f"{name}.json" if tier == "bench" else f"{name}-{tier}.json")
+
+
+def resumed(path: Path, content: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """A part of a file that was made with the same settings on the same machine; else nothing."""
+    before = json.loads(path.read_text()) if path.exists() else {}
+    same = all(before.get(key) == json_of(content[key]) for key in ("machine", "setting"))
+    return before[part] if same and part in before else {}
+
+
+def json_of(value: Any) -> Any:
+    """A value as it comes back from a file: tuples are lists, infinite numbers None."""
+    return json.loads(json.dumps(_finite(value), allow_nan=False))
 
 
 def machine() -> dict[str, Any]:

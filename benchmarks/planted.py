@@ -22,7 +22,6 @@ machine, are kept and not run again; their code may be older. It also joins two 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from benchmarks.common import (
     median,
     parse,
     print_table,
+    resumed,
     show,
     thin,
     write_json,
@@ -276,13 +276,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _resume(content: dict[str, Any], path: Path) -> None:
     """Takes over the cases of a file that was made with the same settings on the same machine."""
-    if not path.exists():
-        return
-    before = json.loads(path.read_text())
-    if all(before.get(key) == content[key] for key in ("machine", "setting")):
-        content["speed"] |= before["speed"]
-        for name, cases in before["minima"].items():
-            content["minima"].setdefault(name, {}).update(cases)
+    content["speed"] |= resumed(path, content, "speed")
+    for name, cases in resumed(path, content, "minima").items():
+        content["minima"].setdefault(name, {}).update(cases)
 
 
 def _save(content: dict[str, Any], path: Path, *, resume: bool) -> None:

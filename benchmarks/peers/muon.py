@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.peers.base import Peer, Problem, Recorder, Weights
 from benchmarks.peers.first_order import NEVER, PLANTED_RATES, Optimisers, descend, grid, label
 
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 
 
 @dataclass(frozen=True)
