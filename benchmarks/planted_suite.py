@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.common import (
+    PROCESSOR,
     Clock,
     command_line,
     console,
@@ -81,10 +82,10 @@ def cases(tier: str) -> list[Case]:
     count = len(NOISES)
     latin = [
         Case(*size, decades, NOISES[(i + k) % count])
-        for i, size in enumerate(sizes)
         for k, decades in enumerate(DECADES)
+        for i, size in enumerate(sizes)
     ]
-    return latin[1:4] if tier == "quick" else latin
+    return latin[1:4] if tier == "quick" else latin  # both sizes, two conditionings
 
 
 # ---------------------------------------------------------------------- one case
@@ -194,12 +195,15 @@ def warm_up(peers: Sequence[Peer], instance: Planted) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; see the module's docstring."""
     options = _options(arguments)
+    if options.clock == "processor":
+        Clock.timer = PROCESSOR
     peers, missing = installed(found())
     peers = [peer for peer in peers if options.only is None or options.only in peer.name]
     path = results_of("planted_suite", options.tier)
     setting = {
         "tier": options.tier,
         "seconds": options.seconds,
+        "clock": options.clock,
         "repeats": options.repeats,
         "trial": TRIAL,
         "tolerance": TOLERANCE,
@@ -207,14 +211,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "peers": [peer.name for peer in peers],
     }
     content: dict[str, Any] = {"machine": machine(), "setting": setting, "missing": missing}
+    content["planned"] = len(cases(options.tier))
     content["cases"] = {} if options.fresh else resumed(path, content, "cases")
     for name, reason in missing.items():
         console.print(f"[yellow]{name} is not run: {reason}[/yellow]")
-    clock, warm = Clock(), set()
+    began, warm = time.perf_counter(), set()
     for case in cases(options.tier):
         if case.name in content["cases"]:
             continue
-        if options.minutes is not None and clock.seconds() > 60 * options.minutes:
+        if options.minutes is not None and time.perf_counter() - began > 60 * options.minutes:
             console.print(f"[yellow]{case.name} is left out: {options.minutes:g} min over[/yellow]")
             continue
         if (size := (case.width, case.rows, case.sequences)) not in warm:
@@ -249,6 +254,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="of a run (0.6, 2.5 or 30)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--minutes", type=float, help="no case is begun after that")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "processor"),
+        default="wall",
+        help="processor: for one thread on a core that others use too",
+    )
     parser.add_argument("--only", help="only peers whose name contains this")
     parser.add_argument("--fresh", action="store_true", help="keep nothing of the results file")
     options = parse(parser, arguments, threads=1)
