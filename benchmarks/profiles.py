@@ -115,7 +115,7 @@ def _draw_gaps(axes: Axes, name: str, case: Mapping[str, Any]) -> None:
             seconds, losses = zip(*row["curve"], strict=True)
             gaps = [(loss - case["best_loss"]) / case["initial_loss"] for loss in losses]
             heights = [max(gap, FLOOR) for gap in gaps]
-            axes.plot(seconds, heights, **_style(index, method))
+            axes.plot(seconds, heights, drawstyle="steps-post", **_style(index, method))
     axes.axhline(1e-8, color="grey", linewidth=0.8, linestyle="--")
     axes.set(xscale="log", yscale="log", xlabel="seconds", ylim=(FLOOR, 2))
     axes.set_ylabel("gap to the best / initial loss")
