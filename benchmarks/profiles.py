@@ -67,7 +67,8 @@ def draw_planted(content: Mapping[str, Any], path: Path) -> None:
         left, *others = figure.subplots(1, 1 + PANELS)
         _draw_profile(left, ratios(suite_times(content)))
         cases = list(content["cases"].items())
-        chosen = cases[:: max(1, -(-len(cases) // PANELS))]
+        shown = min(PANELS, len(cases))
+        chosen = [cases[i * (len(cases) - 1) // max(shown - 1, 1)] for i in range(shown)]
         for axes, (name, case) in zip(others, chosen, strict=False):
             _draw_gaps(axes, name, case)
         for axes in others[len(chosen) :]:
