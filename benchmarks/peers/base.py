@@ -33,6 +33,9 @@ MAX_JACOBIAN = 2 * 2**30
 # initial loss, four orders below the 1e-8 within which losses are called equal.
 STALL_GAIN = 1e-12
 
+MAX_FACTOR = 3e10
+"""Rows times columns squared above which no QR or SVD is made: a step would outlast the run."""
+
 
 class Status(Enum):
     """Why a run ended."""
@@ -95,12 +98,15 @@ class PlantedArrays:
 
         return AttentionProblem(self.A, self.B)
 
-    def check_jacobian(self) -> None:
-        """Raises a MemoryError where a dense Jacobian is larger than `MAX_JACOBIAN`."""
+    def check_jacobian(self, *, factored: bool = False) -> None:
+        """Raises a MemoryError where a dense Jacobian, or its QR or SVD, is out of reach."""
         parameters = sum(rows * columns for rows, columns in self.shapes.values())
         size = self.B.numel() * parameters * self.B.element_size()
         if size > MAX_JACOBIAN:
             raise MemoryError(f"not run: its dense Jacobian takes {size / 2**30:.1f} GiB")
+        work = self.B.numel() * parameters**2
+        if factored and work > MAX_FACTOR:
+            raise MemoryError(f"not run: a factor of its Jacobian takes {work:.0e} operations")
 
 
 @dataclass

@@ -42,7 +42,7 @@ class Optimistix:
     def solve(self, problem: PlantedArrays, start: Weights, recorder: Recorder) -> str:
         """See `Method.solve`."""
         if self.linear != "LSMR":
-            problem.check_jacobian()
+            problem.check_jacobian(factored=True)
         with recorder.clock.paused():
             step, state = _compiled(self.solver, self.linear, problem.A.shape, problem.B.shape)
             data = tuple(_array(array) for array in (problem.A, problem.B))

@@ -40,7 +40,7 @@ class ScipyTRF:
         from scipy.optimize import least_squares
 
         if self.dense:
-            problem.check_jacobian()
+            problem.check_jacobian(factored=self.solver == "exact")
         system = _System(problem, recorder, self.dense)
         result = least_squares(
             system.residual,
