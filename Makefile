@@ -27,10 +27,10 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_BENCH := $(VENV)/.installed-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format bench bench-gpu clean
+.PHONY: help demo test test-all lint format bench-quick bench bench-large bench-all bench-gpu clean
 
 help:  ## show this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf 'make %-10s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf 'make %-11s %s\n' "$$name" "$$text"; done
 
 demo: $(INSTALLED)  ## fit a real attention layer; table here, figures in demo-output/
 	@$(BIN)/attnreg demo --out demo-output
@@ -51,7 +51,22 @@ format: $(INSTALLED)  ## let ruff format and mend what it can
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-bench: $(INSTALLED_BENCH)  ## every benchmark, JSON in benchmarks/results/ (long)
+bench-quick: $(INSTALLED_BENCH)  ## the public table in small, printed (under 4 minutes)
+	@$(BIN)/python -m benchmarks.planted_suite --quick
+	@$(BIN)/python -m benchmarks.large_layers --quick
+	@$(BIN)/python -m benchmarks.table --quick
+
+bench: $(INSTALLED_BENCH)  ## the public table, docs/benchmarks.md (under 30 minutes; goes on where it was)
+	@$(BIN)/python -m benchmarks.planted_suite --minutes 16
+	@$(BIN)/python -m benchmarks.large_layers
+	@$(BIN)/python -m benchmarks.table
+
+bench-large: $(INSTALLED_BENCH)  ## its large layers and all planted cases (hours; goes on where it was)
+	@$(BIN)/python -m benchmarks.large_layers --tier large
+	@$(BIN)/python -m benchmarks.planted_suite --tier large
+	@$(BIN)/python -m benchmarks.table
+
+bench-all: $(INSTALLED_BENCH)  ## every other benchmark too, JSON in benchmarks/results/ (a day)
 	@$(BIN)/python -m benchmarks
 
 bench-gpu: $(INSTALLED_BENCH)  ## on a CUDA device: rates in float32, tf32 and bf16

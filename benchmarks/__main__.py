@@ -22,6 +22,8 @@ NAMES = (
     "growth",
     "complexity",
     "certificates",
+    "large_layers",
+    "planted_suite",
     "real_layer",
     "multimodal",
     "conversion",

@@ -10,15 +10,18 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from rich.console import Console
 from rich.table import Table
+
+PROCESSOR = time.process_time
+"""Timer of runs on a core that others use too; it adds up threads, so that it is for one."""
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
@@ -28,29 +31,37 @@ PACKAGES = (
     "scipy",
     "pytorch-minimize",
     "torch-levenberg-marquardt",
+    "pytorch-optimizer",
+    "optimistix",
+    "jax",
 )
 console = Console(width=None if sys.stdout.isatty() else 120)
 
 
 class Clock:
-    """Wall clock that can be stopped while something is measured that no user would compute."""
+    """Clock that can be stopped while something is measured that no user would compute.
+
+    It shows the wall's seconds, or with :data:`PROCESSOR` as its timer those of the processor.
+    """
+
+    timer: ClassVar[Callable[[], float]] = time.perf_counter
 
     def __init__(self) -> None:
-        self._start = time.perf_counter()
+        self._start = self.timer()
         self._paused = 0.0
 
     def seconds(self) -> float:
         """Seconds since the start, without the pauses."""
-        return time.perf_counter() - self._start - self._paused
+        return self.timer() - self._start - self._paused
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Stops the clock for the body."""
-        begin = time.perf_counter()
+        begin = self.timer()
         try:
             yield
         finally:
-            self._paused += time.perf_counter() - begin
+            self._paused += self.timer() - begin
 
 
 def command_line(name: str, description: str | None, *, quick: str) -> argparse.ArgumentParser:
@@ -75,6 +86,23 @@ def parse(
 def save(name: str, content: Mapping[str, Any], *, quick: bool) -> None:
     """Writes a benchmark's results; those of a quick run have a file of their own."""
     write_json(RESULTS / f"{name}{'-quick' if quick else ''}.json", content)
+
+
+def results_of(name: str, tier: str) -> Path:
+    """The file of a benchmark's tier; "bench" is the one without a suffix."""
+    return RESULTS / (f"{name}.json" if tier == "bench" else f"{name}-{tier}.json")
+
+
+def resumed(path: Path, content: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """A part of a file that was made with the same settings on the same machine; else nothing."""
+    before = json.loads(path.read_text()) if path.exists() else {}
+    same = all(before.get(key) == json_of(content[key]) for key in ("machine", "setting"))
+    return before[part] if same and part in before else {}
+
+
+def json_of(value: Any) -> Any:
+    """A value as it comes back from a file: tuples are lists, infinite numbers None."""
+    return json.loads(json.dumps(_finite(value), allow_nan=False))
 
 
 def machine() -> dict[str, Any]:

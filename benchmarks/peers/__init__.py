@@ -1,36 +1,41 @@
-"""The methods compared on the planted problem, one file per family."""
+"""The methods that are compared: one small file each, found here.
 
-from benchmarks.peers.adam import Adam
-from benchmarks.peers.base import Method, PlantedArrays, Status, Trace
-from benchmarks.peers.lbfgs import LBFGS
-from benchmarks.peers.levenberg_marquardt import LevenbergMarquardt
-from benchmarks.peers.minimize import TorchMinimize
-from benchmarks.peers.ours import Ours
-from benchmarks.peers.scipy_trf import ScipyTRF
+A new peer is a file in this folder whose `PEERS` names its rows with the settings tried. What a
+method implements is `base.Method`.
+"""
 
-__all__ = ["MINIMA_PEERS", "OURS", "PEERS", "Method", "PlantedArrays", "Status", "Trace"]
+import importlib
+import pkgutil
+from collections.abc import Iterable
 
-OURS: Method = Ours()
-PEERS: tuple[Method, ...] = (
-    LBFGS(10),
-    LBFGS(30),
-    LBFGS(100),
-    TorchMinimize("trust-ncg"),
-    TorchMinimize("newton-cg"),
-    LevenbergMarquardt("standard"),
-    LevenbergMarquardt("adaptive"),
-    ScipyTRF("lsmr", dense=False),
-    ScipyTRF("lsmr", dense=True),
-    ScipyTRF("lsmr", dense=True, scale="jac"),
-    ScipyTRF("exact", dense=True),
-    *(Adam(rate) for rate in (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
-)
+from benchmarks.peers.base import Method, Peer, PlantedArrays, Status, Trace, Weights, run
+from benchmarks.peers.ours import OURS
 
-MINIMA_PEERS: tuple[Method, ...] = (  # one of each kind, where only the final loss matters
-    LBFGS(30),
-    TorchMinimize("trust-ncg"),
-    TorchMinimize("newton-cg"),
-    LevenbergMarquardt("adaptive"),
-    ScipyTRF("lsmr", dense=True),
-    Adam(1e-2),
-)
+__all__ = [
+    "OURS",
+    "Method",
+    "Peer",
+    "PlantedArrays",
+    "Status",
+    "Trace",
+    "Weights",
+    "found",
+    "installed",
+    "run",
+]
+
+
+def found() -> tuple[Peer, ...]:
+    """All peers of the files in this folder, in their order; no package is imported."""
+    modules = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return tuple(
+        peer
+        for name in modules
+        for peer in getattr(importlib.import_module(f"{__name__}.{name}"), "PEERS", ())
+    )
+
+
+def installed(peers: Iterable[Peer]) -> tuple[tuple[Peer, ...], dict[str, str]]:
+    """The peers that can be run, and for each of the others why it cannot."""
+    missing = {peer.name: peer.missing for peer in peers if peer.missing}
+    return tuple(peer for peer in peers if peer.name not in missing), missing

@@ -22,7 +22,8 @@ class Evaluation:
     def __init__(self, problem: PlantedArrays, vector: Tensor) -> None:
         A = problem.A
         self._problem = problem
-        self._X, self._Y = unflatten(problem, vector)
+        weights = unflatten(vector, problem.shapes)
+        self._X, self._Y = weights["X"], weights["Y"]
         self._S = torch.softmax((A @ self._X) @ A.mT, -1)  # (b, n, n)
         self._P = self._S @ A  # (b, n, d)
         self._W = A @ self._Y  # (b, n, d_out)
@@ -32,7 +33,7 @@ class Evaluation:
     def jvp(self, direction: Tensor) -> Tensor:
         """J v, (rows * d_out,)."""
         A = self._problem.A
-        dX, dY = unflatten(self._problem, direction)
+        dX, dY = unflatten(direction, self._problem.shapes).values()
         dZ = ((A @ dX) @ A.mT).mul_(self._S)
         change = dZ @ self._W - dZ.sum(-1, keepdim=True) * self._fit + self._P @ dY
         return change.reshape(-1)

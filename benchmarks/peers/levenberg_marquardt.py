@@ -15,9 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from benchmarks.peers.base import PlantedArrays, Recorder, Trace
+from benchmarks.peers.base import Peer, PlantedArrays, Recorder, Weights
 
-PATIENCE = 100
 ROWS_AT_ONCE = 256
 
 
@@ -26,59 +25,50 @@ class LevenbergMarquardt:
     """Levenberg-Marquardt with one of the package's damping matrices."""
 
     damping: Literal["standard", "adaptive"]
+    patience: int = 100
 
     @property
     def name(self) -> str:
         """Name in tables and files."""
         return f"torch-levenberg-marquardt ({self.damping})"
 
-    def solve(
-        self,
-        problem: PlantedArrays,
-        X0: Tensor,
-        Y0: Tensor,
-        max_seconds: float,
-        target_loss: float | None = None,
-    ) -> Trace:
+    def solve(self, problem: PlantedArrays, start: Weights, recorder: Recorder) -> str:
         """See `Method.solve`."""
+        problem.check_jacobian()
         from torch_levenberg_marquardt.damping import StandardDampingStrategy
         from torch_levenberg_marquardt.loss import Loss
         from torch_levenberg_marquardt.training import LevenbergMarquardtModule
 
         logging.getLogger("torch_levenberg_marquardt").setLevel(logging.ERROR)
-        recorder = Recorder(max_seconds, target_loss, PATIENCE)
-        model = _Rows(X0, Y0)
+        model = _Rows(start["X"], start["Y"])
 
         class SumOfSquares(Loss):
             """L itself, noted by the recorder each time the package computes it."""
 
             def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
                 loss = (y_pred - y_true).square().sum()
-                recorder.record(loss.item(), lambda: (model.X, model.Y))
+                recorder.record(loss.item(), lambda: {"X": model.X, "Y": model.Y})
                 return loss
 
             def residuals(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
                 return y_pred - y_true
 
-        def body() -> str:
-            module = LevenbergMarquardtModule(
-                model,
-                loss_fn=SumOfSquares(),
-                damping_strategy=StandardDampingStrategy(
-                    min_value=1e-14, damping_mode=self.damping, conditional_stopping=True
-                ),
-                attempts_per_step=20,
-                solve_method="cholesky",
-                max_batch_size=ROWS_AT_ONCE,
-            )
-            inputs, targets = _samples(problem)
-            while True:
-                *_, stop, _ = module.training_step(inputs, targets)
-                recorder.count_derivative()
-                if stop:
-                    return "damping at its upper bound"
-
-        return recorder.run(body)
+        module = LevenbergMarquardtModule(
+            model,
+            loss_fn=SumOfSquares(),
+            damping_strategy=StandardDampingStrategy(
+                min_value=1e-14, damping_mode=self.damping, conditional_stopping=True
+            ),
+            attempts_per_step=20,
+            solve_method="cholesky",
+            max_batch_size=ROWS_AT_ONCE,
+        )
+        inputs, targets = _samples(problem)
+        while True:
+            *_, stop, _ = module.training_step(inputs, targets)
+            recorder.count_derivative()
+            if stop:
+                return "damping at its upper bound"
 
 
 class _Rows(torch.nn.Module):
@@ -99,3 +89,13 @@ def _samples(problem: PlantedArrays) -> tuple[tuple[Tensor, Tensor], Tensor]:
     b, n, d = problem.A.shape
     keys = problem.A[:, None].expand(b, n, n, d).reshape(b * n, n, d)
     return (problem.A.reshape(b * n, d), keys), problem.B.reshape(b * n, -1)
+
+
+PEERS = (
+    Peer(
+        "torch-levenberg-marquardt",
+        (LevenbergMarquardt("standard"), LevenbergMarquardt("adaptive")),
+        package="torch_levenberg_marquardt",
+        why_no_layers="needs a dense Jacobian",
+    ),
+)

@@ -12,12 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from benchmarks.peers.base import PlantedArrays, Recorder, Trace, flatten, unflatten
+from benchmarks.peers.base import Peer, PlantedArrays, Recorder, Weights, flatten, unflatten
 from benchmarks.peers.derivatives import Evaluation
 
-PATIENCE = 100
 UNLIMITED = 10**9
 TOLERANCE = 1e-15  # the least that scipy accepts without a warning is 2.2e-16
 
@@ -29,6 +27,7 @@ class ScipyTRF:
     solver: str  # "exact" or "lsmr"
     dense: bool
     scale: str | float = 1.0  # x_scale: "jac" needs the dense form
+    patience: int = 100
 
     @property
     def name(self) -> str:
@@ -36,36 +35,26 @@ class ScipyTRF:
         form = "dense" if self.dense else "operator"
         return f"scipy trf ({form}, {self.solver}{', scaled' if self.scale == 'jac' else ''})"
 
-    def solve(
-        self,
-        problem: PlantedArrays,
-        X0: Tensor,
-        Y0: Tensor,
-        max_seconds: float,
-        target_loss: float | None = None,
-    ) -> Trace:
+    def solve(self, problem: PlantedArrays, start: Weights, recorder: Recorder) -> str:
         """See `Method.solve`."""
         from scipy.optimize import least_squares
 
-        recorder = Recorder(max_seconds, target_loss, PATIENCE)
-
-        def body() -> str:
-            system = _System(problem, recorder, self.dense)
-            result = least_squares(
-                system.residual,
-                flatten(X0, Y0).numpy(),
-                jac=system.jacobian,
-                method="trf",
-                tr_solver=self.solver,
-                x_scale=self.scale,
-                ftol=TOLERANCE,
-                xtol=TOLERANCE,
-                gtol=TOLERANCE,
-                max_nfev=UNLIMITED,
-            )
-            return str(result.message)
-
-        return recorder.run(body)
+        if self.dense:
+            problem.check_jacobian(factored=self.solver == "exact")
+        system = _System(problem, recorder, self.dense)
+        result = least_squares(
+            system.residual,
+            flatten(start).numpy(),
+            jac=system.jacobian,
+            method="trf",
+            tr_solver=self.solver,
+            x_scale=self.scale,
+            ftol=TOLERANCE,
+            xtol=TOLERANCE,
+            gtol=TOLERANCE,
+            max_nfev=UNLIMITED,
+        )
+        return str(result.message)
 
 
 class _System:
@@ -75,7 +64,7 @@ class _System:
         self._problem, self._recorder = problem, recorder
         self._vector = np.empty(0)
         self._last: Evaluation | None = None
-        parameters = sum(rows * columns for rows, columns in problem.shapes)
+        parameters = sum(rows * columns for rows, columns in problem.shapes.values())
         size = (problem.B.numel(), parameters)
         self._buffer = torch.empty(size, dtype=torch.float64) if dense else None
         self._size = size
@@ -83,7 +72,9 @@ class _System:
     def residual(self, vector: np.ndarray) -> np.ndarray:
         evaluation = self._evaluate(vector)
         loss = float(evaluation.residual @ evaluation.residual)
-        self._recorder.record(loss, lambda: unflatten(self._problem, torch.from_numpy(vector)))
+        self._recorder.record(
+            loss, lambda: unflatten(torch.from_numpy(vector), self._problem.shapes)
+        )
         return evaluation.residual.numpy()
 
     def jacobian(self, vector: np.ndarray) -> Any:
@@ -111,3 +102,18 @@ class _System:
             self._vector = vector.copy()
             self._last = Evaluation(self._problem, torch.from_numpy(self._vector))
         return self._last
+
+
+PEERS = (
+    Peer(
+        "scipy trf",
+        (
+            ScipyTRF("lsmr", dense=False),
+            ScipyTRF("lsmr", dense=True),
+            ScipyTRF("lsmr", dense=True, scale="jac"),
+            ScipyTRF("exact", dense=True),
+        ),
+        package="scipy",
+        why_no_layers="works in float64 on residuals of the whole batch",
+    ),
+)

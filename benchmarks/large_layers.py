@@ -1,0 +1,289 @@
+"""Real layers with redundant data: all-MiniLM-L6-v2's layers from 12 to 4 key/value heads.
+
+Everybody has the same start (mean-pooled heads), calibration text, float32, threads and seconds.
+Calibration and validation are different sequences of the two texts of `benchmarks.minilm`, the
+held-out error is on a third text, the docstrings of Python's standard library. The errors are
+||prediction - B||_F / ||B - column mean||_F.
+
+A peer tries each setting for a part of the time; those with the best validation error go on to the
+full time, and the best of these is its row. First-order peers have fused attention, mini-batches of
+4 or 16 sequences, four rates, and a cosine that ends with the time. Peers' weights are kept at
+fixed fractions of the time and scored off the clock, once as they are and once with W_O and b_O
+solved in closed form on the calibration data, also off the clock: the better by validation counts.
+attnreg is fitted anew for each of these fractions, since it is told its time beforehand; its
+readouts are on the clock, and its seconds are those that it took.
+
+    python -m benchmarks.large_layers --tier large
+
+Rows in the results file that were made with the same settings on the same machine are kept: an
+interrupted run goes on with the same command. `--fresh` begins anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import minilm
+from benchmarks.common import (
+    Clock,
+    command_line,
+    console,
+    machine,
+    median,
+    parse,
+    print_table,
+    results_of,
+    resumed,
+    show,
+    write_json,
+)
+from benchmarks.layer_problem import STUDENT, Data, Layer, load_layer, relative_error, with_outputs
+from benchmarks.peers import OURS, Method, Peer, Weights, found, installed, run
+
+FRACTIONS = (0.05, 0.1, 0.2, 1 / 3, 2 / 3)  # of the time, beside its end
+SCORED = ("calibration", "validation", "held_out")
+TARGETS = {"the best of Adam, AdamW and Muon": ("Adam", "AdamW", "Muon"), "SOAP": ("SOAP",)}
+REPEATED = 30.0  # seconds of a row below which it is repeated
+WARM_UP = 0.5
+
+Errors = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Tier:
+    """How much is run."""
+
+    layers: tuple[int, ...]
+    sequences: int  # of 128 tokens, to fit on
+    scored: int  # to validate on, and as many of the third text
+    seconds: float
+    trial: float  # of the seconds, for each setting
+    finalists: int
+    repeats: int
+    tokens: int = 128
+
+
+TIERS = {
+    "quick": Tier((3,), 32, 16, 2.0, 0.25, 1, 1),
+    "bench": Tier((3,), 256, 64, 12.0, 0.15, 1, 3),
+    "large": Tier((0, 3, 5), 1088, 128, 120.0, 0.1, 2, 3),
+}
+
+
+class Bed:
+    """A layer with its three texts, and the errors of weights on them."""
+
+    def __init__(self, layer: Layer, third: Data) -> None:
+        self.start, self.calibration = layer.pooled, layer.train
+        self._data = dict(zip(SCORED, (layer.train, layer.held_out, third), strict=True))
+        self._problem = layer.train.attention()
+
+    def errors(self, weights: Weights) -> Errors:
+        """All errors, by text."""
+        return {name: relative_error(weights, data) for name, data in self._data.items()}
+
+    def best_errors(self, weights: Weights) -> dict[str, Any]:
+        """Errors of the weights, or with their readout solved where that validates better."""
+        if not all(value.isfinite().all() for value in weights.values()):
+            return dict.fromkeys(SCORED, math.inf) | {"readout": "as it is"}
+        as_is = self.errors(weights) | {"readout": "as it is"}
+        solved = self.errors(self._solved(weights)) | {"readout": "solved"}
+        return min(as_is, solved, key=lambda errors: errors["validation"])
+
+    def _solved(self, weights: Weights) -> Weights:
+        from attnreg.transformers.starts import solve_readout
+
+        return solve_readout(self._problem, STUDENT, weights)[1]
+
+
+def load_bed(number: int, tier: Tier) -> Bed:
+    """Captures a layer of the model on all texts."""
+    layer = load_layer(tier.sequences, tier.scored, tier.tokens, number)
+    chunks = minilm.third_text(tier.tokens)[: tier.scored]
+    inputs = minilm.layer_inputs(minilm.load_model(), number, chunks)
+    return Bed(layer, with_outputs(inputs.clone(), layer.weights))
+
+
+# ---------------------------------------------------------------------- rows
+
+
+def peer_row(peer: Peer, bed: Bed, tier: Tier) -> dict[str, Any]:
+    """The best setting of a peer: its curve, and its errors at the end over the repeats."""
+    trials: dict[str, float] = {}
+    for method in peer.layers if len(peer.layers) > 1 else ():
+        trace = run(method, bed.calibration, bed.start, tier.seconds * tier.trial)
+        trials[method.name] = bed.best_errors(trace.weights)["validation"]
+    ranked = sorted(peer.layers, key=lambda method: trials.get(method.name, 0.0))
+    rows = [_final(method, bed, tier) for method in ranked[: tier.finalists]]
+    best = min(rows, key=lambda row: row["errors"]["validation"])
+    finals = {row["setting"]: row["errors"]["validation"] for row in rows}
+    return {**best, "trials": trials, "finals": finals}
+
+
+def _final(method: Method, bed: Bed, tier: Tier) -> dict[str, Any]:
+    trace = run(method, bed.calibration, bed.start, tier.seconds, fractions=FRACTIONS)
+    curve = [[seconds, bed.best_errors(weights)] for seconds, weights in trace.snapshots]
+    ends = [curve[-1][1]]
+    while len(ends) < tier.repeats and tier.seconds < REPEATED:
+        again = run(method, bed.calibration, bed.start, tier.seconds)
+        ends.append(bed.best_errors(again.weights))
+    return {
+        "setting": method.name,
+        "seconds": trace.total_seconds,
+        "steps": len(trace.seconds),
+        "note": trace.note,
+        "errors": _middle(ends),
+        "readout": curve[-1][1]["readout"],
+        "curve": curve,
+    }
+
+
+def our_row(bed: Bed, tier: Tier) -> dict[str, Any]:
+    """attnreg's fits, one for each time."""
+    curve = []
+    for fraction in (*FRACTIONS, 1.0):
+        ends, times = [], []
+        repeated = tier.seconds * fraction < REPEATED
+        for _ in range(tier.repeats if repeated else 1):
+            trace = run(OURS, bed.calibration, bed.start, tier.seconds * fraction)
+            times.append(trace.total_seconds)
+            ends.append(bed.errors(trace.weights))
+        curve.append([median(times), _middle(ends)])
+    return {
+        "setting": OURS.name,
+        "seconds": curve[-1][0],
+        "steps": trace.derivatives,
+        "note": trace.note,
+        "errors": curve[-1][1],
+        "readout": "as it is",
+        "curve": curve,
+    }
+
+
+def _middle(errors: Sequence[Mapping[str, Any]]) -> Errors:
+    return {name: median([entry[name] for entry in errors]) or math.inf for name in SCORED}
+
+
+def verdicts(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """How much sooner attnreg is at each target's validation error, and the errors at the end."""
+    ours, rows = layer["rows"].get(OURS.name), layer["rows"]
+    found_: dict[str, Any] = {}
+    for target, names in TARGETS.items():
+        there = [rows[name] for name in names if name in rows]
+        if ours is None or not there:
+            continue
+        best = min(there, key=lambda row: row["errors"]["validation"])
+        bound, budget = best["errors"]["validation"], best["seconds"]
+        seconds = next((s for s, errors in ours["curve"] if errors["validation"] <= bound), None)
+        found_[target] = {
+            "setting": best["setting"],
+            "validation": bound,
+            "seconds": seconds,
+            "sooner": None if seconds is None else budget / seconds,
+            "ours_at_the_end": ours["errors"]["validation"],
+            "lower_at_the_end": 1 - ours["errors"]["validation"] / bound,
+        }
+    return found_
+
+
+# ---------------------------------------------------------------------- all of them
+
+
+def run_layer(
+    name: str, bed: Bed, peers: Sequence[Peer], tier: Tier, rows: dict[str, Any], keep: Callable
+) -> None:
+    """Fills `rows` with those that are missing, and calls `keep` after each."""
+    work = {OURS.name: lambda: our_row(bed, tier)}
+    work |= {peer.name: lambda peer=peer: peer_row(peer, bed, tier) for peer in peers}
+    for method in (OURS, *(peer.layers[0] for peer in peers)):
+        run(method, bed.calibration, bed.start, WARM_UP)
+    for row, make in work.items():
+        if row not in rows:
+            rows[row] = make()
+            console.print(f"[dim]{name}, {rows[row]['setting']} done[/dim]")
+            keep()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line; see the module's docstring."""
+    options = _options(arguments)
+    tier = Tier(**{**asdict(TIERS[options.tier]), **_given(options)})
+    everybody, missing = installed(found())
+    peers = [p for p in everybody if p.layers and (not options.only or options.only in p.name)]
+    path: Path = results_of("large_layers", options.tier)
+    content: dict[str, Any] = {
+        "machine": machine(),
+        "setting": {"tier": options.tier, **asdict(tier), "layers": None, "dtype": "float32"},
+        "missing": missing,
+        "not_run": {peer.name: peer.why_no_layers for peer in everybody if not peer.layers},
+    }
+    content["layers"] = {} if options.fresh else resumed(path, content, "layers")
+    clock = Clock()
+    for number in tier.layers:
+        name = f"layer {number}"
+        layer = content["layers"].setdefault(name, {"rows": {}})
+        wanted = {OURS.name, *(peer.name for peer in peers)} - set(layer["rows"])
+        if not wanted:
+            continue
+        if options.minutes is not None and clock.seconds() > 60 * options.minutes:
+            console.print(f"[yellow]{name} is left out: {options.minutes:g} min over[/yellow]")
+            continue
+        bed = load_bed(number, tier)
+        layer["start"] = bed.errors(bed.start)
+        keep = lambda: write_json(path, content)  # noqa: E731
+        run_layer(name, bed, peers, tier, layer["rows"], keep)
+        layer["verdicts"] = verdicts(layer)
+        keep()
+        print_layer(name, layer)
+
+
+def print_layer(name: str, layer: Mapping[str, Any]) -> None:
+    """One row a method, the lowest validation error first."""
+    rows = sorted(layer["rows"].values(), key=lambda row: row["errors"]["validation"] or math.inf)
+    lines = [
+        (
+            row["setting"],
+            show(row["seconds"]),
+            *(show(row["errors"][text], 4) for text in SCORED),
+            row["readout"],
+        )
+        for row in rows
+    ]
+    lines.append(("start", "-", *(show(layer["start"][text], 4) for text in SCORED), "as it is"))
+    print_table(name, ("method", "s", *SCORED, "readout"), lines)
+    for target, entry in layer["verdicts"].items():
+        console.print(
+            f"{target} ({entry['setting']}): validation {entry['validation']:.4f}, attnreg there "
+            f"{show(entry['sooner'])} times sooner, at the end lower by "
+            f"{entry['lower_at_the_end']:.1%}"
+        )
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("layers", "sequences", "scored", "seconds")
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = command_line("large_layers", __doc__, quick="the same as --tier quick")
+    parser.add_argument("--tier", choices=tuple(TIERS), default="bench")
+    parser.add_argument("--layers", nargs="+", type=int, help="3; 0 3 5 in tier large")
+    parser.add_argument("--sequences", type=int, help="fitted (32, 256 or 1088)")
+    parser.add_argument("--scored", type=int, help="to validate on, and held out (16, 64 or 128)")
+    parser.add_argument("--seconds", type=float, help="of a row (2, 12 or 120)")
+    parser.add_argument("--minutes", type=float, help="no layer is begun after that")
+    parser.add_argument("--only", help="only peers whose name contains this")
+    parser.add_argument("--fresh", action="store_true", help="keep nothing of the results file")
+    options = parse(parser, arguments)
+    if options.quick:
+        options.tier, options.fresh = "quick", True
+    return options
+
+
+if __name__ == "__main__":
+    main()
