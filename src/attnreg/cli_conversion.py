@@ -57,7 +57,12 @@ Generate = Annotated[
     ),
 ]
 FinalSteps = Annotated[
-    int, typer.Option(min=0, help="Steps of the final pass over the whole model; 0: none.")
+    int | None,
+    typer.Option(
+        min=0,
+        help="Steps of the final pass over the whole model; 0: none. Default: 400 for a model "
+        "that predicts the next token, 0 for others.",
+    ),
 ]
 MaxIterations = Annotated[int, typer.Option(min=0, help="Bound on the iterations of each fit.")]
 MaxSeconds = Annotated[
@@ -129,7 +134,7 @@ def compress_command(
     tokens: Tokens = None,
     held_out: HeldOut = 0.1,
     generate: Generate = 0,
-    final_steps: FinalSteps = 400,
+    final_steps: FinalSteps = None,
     max_iterations: MaxIterations = 30,
     max_seconds: MaxSeconds = None,
     seed: Seed = 0,
@@ -144,12 +149,12 @@ def compress_command(
 ) -> None:
     """Convert a model to fewer key/value heads, fewer heads or narrower heads.
 
-    Every layer is fitted in turn to the outputs of the original; then all of them together take the
-    steps of the final pass, towards what the original predicts. The result is an ordinary model
-    folder with a model card; where no configuration of transformers can describe it, it loads with
-    attnreg.load and says so. After a kill the same command goes on from what is in DIR.partial;
-    with the number of iterations as the only bound the folder is then the same to the byte (same
-    machine and number of threads).
+    Every layer is fitted in turn to the outputs of the original; then those of a model that
+    predicts the next token take the steps of the final pass together, towards what the original
+    predicts. The result is an ordinary model folder with a model card; where no configuration of
+    transformers can describe it, it loads with attnreg.load and says so. After a kill the same
+    command goes on from what is in DIR.partial; with the number of iterations as the only bound
+    the folder is then the same to the byte (same machine and number of threads).
 
     Exit status: 0 done, 2 bad input, 3 done but with a larger loss than --max-excess or
     --min-cosine allows; the folder is written all the same.
@@ -312,7 +317,7 @@ def _convert(task: Task, out: Path, restart: bool, command: str, live: bool) -> 
     from attnreg.transformers.convert import convert, partial_folder
     from attnreg.transformers.display import ConversionDisplay
 
-    with ConversionDisplay(task.options, enabled=live) as display:
+    with ConversionDisplay(task, enabled=live) as display:
         try:
             return convert(task, out, restart=restart, command=command, observer=display.update)
         except KeyboardInterrupt:

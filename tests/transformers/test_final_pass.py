@@ -175,3 +175,9 @@ def test_a_model_larger_than_memory_is_refused_before_any_work(root, monkeypatch
     task_of(root)
     with pytest.raises(ValueError, match=r"this machine has 0\.0 GB; give --final-steps 0"):
         task_of(root, options=STEPS)
+
+
+@pytest.mark.parametrize(("family", "steps"), [("llama", 400), ("gpt2", 400), ("bert", 0)])
+def test_steps_by_default(root, family, steps):  # noqa: F811
+    assert task_of(root, family, replace(QUICK, final_steps=None)).final_steps == steps
+    assert task_of(root, family, STEPS).final_steps == 16

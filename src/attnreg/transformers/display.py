@@ -7,23 +7,23 @@ import math
 from attnreg.progress import LiveLine
 from attnreg.transformers.sensitivity import Measured
 from attnreg.transformers.stages import Progress as Where
-from attnreg.transformers.task import Options
+from attnreg.transformers.task import Task
 
 
 class ConversionDisplay(LiveLine):
     """Layer, error and time left of a conversion.
 
     Args:
-        options: Those of the conversion; the bar follows their bounds.
+        task: The conversion; the bar follows its bounds.
         enabled: Whether anything is shown.
     """
 
-    def __init__(self, options: Options, *, enabled: bool) -> None:
+    def __init__(self, task: Task, *, enabled: bool) -> None:
         super().__init__(enabled=enabled)
         self._bounds = {
-            "text": options.generate,
-            "fit": options.max_iterations,
-            "final pass": options.final_steps,
+            "text": task.options.generate,
+            "fit": task.options.max_iterations,
+            "final pass": task.final_steps,
         }
 
     def update(self, where: Where) -> None:

@@ -70,7 +70,7 @@ def estimate(task: Task) -> Estimate:
             products = 1 if solver_for(residuals, size) == "stochastic" else PRODUCTS
             products = task.options.max_iterations * products * 4 + 20  # 20: the starts
             fits += products * count * fitted * _work(group.student, length) / rate
-    steps, vocabulary = task.options.final_steps, task.checkpoint.config.vocab_size
+    steps, vocabulary = task.final_steps, task.checkpoint.config.vocab_size
     width = task.groups[0].original.width
     head = vocabulary * width if task.predicts else 0
     step_tokens = min(fitted, STEP_TOKENS)

@@ -27,7 +27,7 @@ from attnreg.transformers.generation import generate_windows
 from attnreg.transformers.journal import Journal
 from attnreg.transformers.layer_fit import LayerFit, fit_layer, layer_problem
 from attnreg.transformers.streaming import Blockwise
-from attnreg.transformers.task import Group, Options, Task, multi_head, window_length
+from attnreg.transformers.task import Group, Task, multi_head, window_length
 
 TEXT, FINAL = "text", "final"
 """Names in the journal of the sampled windows and of the final pass's result."""
@@ -106,7 +106,7 @@ class Stages:
     def total(self) -> int:
         """Stages in all."""
         options = self.task.options
-        return bool(options.generate) + len(self.changed) + bool(options.final_steps)
+        return bool(options.generate) + len(self.changed) + bool(self.task.final_steps)
 
     def whole(
         self,
@@ -124,7 +124,7 @@ class Stages:
         records = [
             {"layers": list(group.applications), **pieces[group.block][1]} for group in self.changed
         ]
-        if self.task.options.final_steps:
+        if self.task.final_steps:
             weights, student = self.refined(weights, original)
         return weights, records, self.scores(original, student)
 
@@ -219,7 +219,7 @@ class Stages:
             (multi_head(group.original), weights),
             multi_head(group.student),
             max_iterations=options.max_iterations,
-            max_seconds=self.seconds(fit_share(options) / len(self.changed)),
+            max_seconds=self.seconds(fit_share(self.task) / len(self.changed)),
             seed=options.seed,
             saved=self.task.dtype,
             progress=lambda iteration, error: self.report(
@@ -282,8 +282,8 @@ class Stages:
             predicts=task.predicts,
             saved=task.dtype,
         ).run(
-            steps=task.options.final_steps,
-            seconds=self.seconds(1 - fit_share(task.options)),
+            steps=task.final_steps,
+            seconds=self.seconds(1 - fit_share(task)),
             seed=task.options.seed,
             journal=self.journal,
             progress=lambda step, loss: self.report("final pass", iteration=(step, loss)),
@@ -323,6 +323,6 @@ def _piece(group: Group) -> str:
     return f"layer{group.applications[0]}"
 
 
-def fit_share(options: Options) -> float:
+def fit_share(task: Task) -> float:
     """Share of the fits in the time allowed; what they leave of it is given to nobody."""
-    return FIT_SHARE if options.final_steps else 1.0
+    return FIT_SHARE if task.final_steps else 1.0

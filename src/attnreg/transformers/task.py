@@ -22,6 +22,7 @@ from attnreg.transformers.shapes import AttentionShape
 from attnreg.validation import usable_device
 
 DEFAULT_WINDOW = 512
+FINAL_STEPS = 400
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -35,7 +36,8 @@ class Options:
         held_out: Share of the documents that nothing is fitted on: the held-out errors and the
             before/after numbers are from these.
         generate: Tokens that the original writes itself, to fit on beside the text; 0: none.
-        final_steps: Steps of the final pass over the whole model; 0: it is left out.
+        final_steps: Steps of the final pass over the whole model; 0: it is left out. None: as
+            :attr:`Task.final_steps` says.
         max_iterations: Bound on the iterations of each fit.
         max_seconds: Bound on the time of all fits, each of which gets the same share, and of the
             final pass; sampling text, making starts and running the model are not counted. With it
@@ -49,7 +51,7 @@ class Options:
     tokens: int | None = None
     held_out: float = 0.1
     generate: int = 0
-    final_steps: int = 400
+    final_steps: int | None = None
     max_iterations: int = 30
     max_seconds: float | None = None
     seed: int = 0
@@ -70,10 +72,9 @@ class Options:
             ("max_iterations", 0),
             ("seed", 0),
         ):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} was given, at least {least} is expected"
-                )
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} was given, at least {least} is expected")
         if self.generate == 1:
             raise ValueError("generate=1 was given; expected 0, or at least 2 tokens")
         if self.max_seconds is not None and not self.max_seconds > 0:
@@ -141,6 +142,15 @@ class Task:
         name = self.checkpoint.model_class.__name__
         return self.groups[0].original.causal and name.endswith(("ForCausalLM", "LMHeadModel"))
 
+    @property
+    def final_steps(self) -> int:
+        """Steps of the final pass: by default :data:`FINAL_STEPS`, or 0 where no next token is.
+
+        The embeddings of an encoder gained less from it than from as much time for the fits.
+        """
+        steps = self.options.final_steps
+        return (FINAL_STEPS if self.predicts else 0) if steps is None else steps
+
     def shapes(self, *, student: bool) -> tuple[AttentionShape, ...]:
         """Shapes of all applications in order."""
         found = {
@@ -197,7 +207,7 @@ def prepare(source: str | Path, plan: Plan, calibration: Source, options: Option
             f"generate={options.generate} was given, but {checkpoint.model_class.__name__} does "
             "not predict a next token; give more text in its place"
         )
-    if (options.generate or options.final_steps) and torch.device(options.device).type == "cpu":
+    if (options.generate or task.final_steps) and torch.device(options.device).type == "cpu":
         _check_memory(whole_model_bytes(task))
     return task
 
@@ -211,7 +221,7 @@ def whole_model_bytes(task: Task) -> int:
         if group.changed
         for size in group.student.weights().values()
     )
-    copies = 5 if task.options.final_steps else 0  # gradient, two moments, best, rounded
+    copies = 5 if task.final_steps else 0  # gradient, two moments, best, rounded
     return 4 * (total + copies * moved)
 
 
