@@ -1,8 +1,9 @@
 """Planted problems of many sizes: every method in one run, for a performance profile.
 
 Sizes, three conditionings of the inputs and three noise levels. On each case every method has the
-same small start, data, float64, threads and seconds. A method with several settings tries each for
-a quarter of the time, and the best goes on to the full time; first-order methods, whose rate falls
+same small start, data, float64, threads and seconds; attnreg adds starts of its own. A method with
+several settings tries each for a quarter of the time, and the best goes on to the full time;
+first-order methods, whose rate falls
 to zero at the end of the time, are given ever shorter times as well where they arrive. A case is
 solved by a method when its loss is within 1e-8 of the initial loss of the best loss that any method
 found; its seconds are the median of the repeats that arrive (the rate of a cosine, and so the
@@ -11,7 +12,8 @@ minimum, differs a little from run to run). Compiling and first calls are not on
     python -m benchmarks.planted_suite --tier bench --minutes 17
 
 Cases in the results file that were made with the same settings on the same machine are kept: an
-interrupted run goes on with the same command. `--fresh` begins anew.
+interrupted run goes on with the same command. Other settings, another machine and `--fresh` begin
+anew, and the file is written over.
 """
 
 from __future__ import annotations
@@ -187,7 +189,7 @@ def _cpu_share(wall: float, processor: float) -> float:
 
 
 def _solve(method: Method, instance: Planted, seconds: float, target: float | None = None) -> Trace:
-    return run(method, instance.arrays, instance.start, seconds, target)
+    return run(method, instance.arrays, instance.start, seconds, target).until(seconds)
 
 
 # ---------------------------------------------------------------------- all cases
@@ -216,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "trial": TRIAL,
         "tolerance": TOLERANCE,
         "dtype": "float64",
-        "peers": [peer.name for peer in peers],
+        "peers": {peer.name: [m.name for m in peer.planted] for peer in (OURS_AS_PEER, *peers)},
     }
     content: dict[str, Any] = {"machine": machine(), "setting": setting, "missing": missing}
     content["planned"] = len(cases(options.tier))
@@ -235,7 +237,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             warm.add(size)
         content["cases"][case.name] = run_case(case, peers, options.seconds, options.repeats)
         print_case(case.name, content["cases"][case.name])
-        write_json(path, content)
+        if options.only is None:
+            write_json(path, content)
 
 
 def print_case(name: str, case: Mapping[str, Any]) -> None:
@@ -268,7 +271,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         default="wall",
         help="processor: for one thread on a core that others use too",
     )
-    parser.add_argument("--only", help="only peers whose name contains this")
+    parser.add_argument("--only", help="only peers whose name contains this; saves nothing")
     parser.add_argument("--fresh", action="store_true", help="keep nothing of the results file")
     options = parse(parser, arguments, threads=1)
     if options.quick:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from benchmarks import common, large_layers, planted_suite, profiles, table
 from benchmarks.common import Clock
 from benchmarks.layer_problem import Data
-from benchmarks.peers import OURS, Peer, PlantedArrays, base, found, installed, run
+from benchmarks.peers import OURS, Peer, PlantedArrays, Trace, base, found, installed, run
 from benchmarks.peers.adam import Adam
 from benchmarks.peers.lbfgs import LBFGS
 from benchmarks.planted_problem import planted
@@ -109,6 +110,17 @@ def test_a_dense_jacobian_that_is_too_large_is_not_built():
     arrays = torch.empty(32, 256, 32, dtype=torch.float64)
     with pytest.raises(MemoryError, match=r"not run: its dense Jacobian takes 4.0 GiB"):
         PlantedArrays(arrays, arrays).check_jacobian()
+    arrays = torch.empty(8, 128, 32, dtype=torch.float64)
+    PlantedArrays(arrays, arrays).check_jacobian()
+    with pytest.raises(MemoryError, match=r"not run: a factor of its Jacobian takes 1e\+11"):
+        PlantedArrays(arrays, arrays).check_jacobian(factored=True)
+
+
+def test_evaluations_after_the_time_count_for_nobody():
+    trace = Trace([0.1, 0.9, 1.1], [3.0, 2.0, 1.0], loss=1.0).until(1.0)
+    assert (trace.seconds, trace.losses, trace.loss) == ([0.1, 0.9], [3.0, 2.0], 2.0)
+    assert trace.seconds_to(1.5) is None
+    assert trace.until(0.0).loss == math.inf
 
 
 def _layer():

@@ -304,6 +304,7 @@ def test_the_measurement_adds_up():
         ({"dim": 10, "heads": 4}, {}, "heads=4 does not divide dim=10"),
         ({"heads": 4, "kv_heads": 3}, {}, "kv_heads=3 does not divide heads=4"),
         ({"newton_dim": 32, "newton_length": 32}, {}, "newton_length is 32"),
+        ({"dim": 8, "sequences": 2, "length": 4}, {}, "2 x 4 rows; expected more than dim=8"),
         ({}, {"repeats": 0}, "repeats is 0"),
         ({}, {"precision": "fp8"}, "precision is 'fp8'; expected one of float32, tf32, bf16"),
         ({}, {"precision": "bf16", "dtype": torch.float64}, "bf16 is for float32 data"),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
@@ -133,6 +133,13 @@ class Trace:
             if loss <= target:
                 return seconds
         return None
+
+    def until(self, seconds: float) -> Trace:
+        """The trace without the evaluations that ended later, and the best loss of the others."""
+        kept = [i for i, at in enumerate(self.seconds) if at <= seconds]
+        times, losses = ([values[i] for i in kept] for values in (self.seconds, self.losses))
+        loss = min(losses, default=math.inf)
+        return replace(self, seconds=times, losses=losses, loss=loss)
 
 
 class Method(Protocol):

@@ -29,6 +29,8 @@ FIRST_CERTIFIED = 1e-9
 """Bound on the gradient at which a certificate is tried first: a larger gradient seldom gets one,
 and a Newton step more costs less than a certificate."""
 
+MAX_STARTS = 1 << 16
+
 CUT_SHORT = (Status.MAX_SECONDS, Status.INTERRUPTED, Status.STOPPED)
 """Who wants to stop now is not made to wait for a certificate."""
 
@@ -65,11 +67,13 @@ def fit(
         init: Named parameters to start from, or a result to continue. A start whose readout
             (``Y``, or ``W_O`` and ``b_O``) is zero is led in by the regularisation path; for
             :class:`Bilinear` other starts are tried too, and the loss may rise between them. The
-            result is the best point of all, never worse than ``init`` with its best readout.
+            result is the best point of all, never worse than ``init`` with its best readout
+            (mini-batches: on a sample of the rows, where they differ there by more than a tenth).
         starts: Above 1, so many starts, ``init``'s among them, descend side by side first, then
             reflections of the best minima; the fit goes on from the best end, and the result's
             ``minima`` says what was found. For :class:`Bilinear` with ``"trust-region"`` and ``X``
-            of at most 1024 entries. The callback is not called meanwhile.
+            of at most 1024 entries. Meanwhile the callback is not called, ``max_iterations`` bounds
+            nothing, and ``max_seconds`` is looked at after each step that all starts take.
         tol: The fit has converged when the dual norm of the reduced gradient in the natural
             metric is at most ``tol * ||B - mean||_F^2``.
         max_iterations: Bound on the iterations, rejected steps included.
@@ -134,7 +138,9 @@ def fit(
         if starts > 1:
             check_size(objective)
             out_of_time = Run(objective, settings, observe, began).out_of_time
-            found = multistart(objective, theta, starts, generator, out_of_time, display.show)
+            found = multistart(
+                objective, theta, starts, generator, out_of_time, display.show, stages
+            )
             theta, settings = found.theta, replace(settings, stages=WARM)
             if found.interrupted:
                 settings = replace(settings, max_iterations=0)
@@ -242,8 +248,10 @@ def check_starts(starts: int, solver: str, model: Model) -> None:
     Raises:
         ValueError: If there is no start, or the solver or the model takes one only.
     """
-    if starts < 1:
-        raise ValueError(f"starts={starts} was given, at least 1 is expected")
+    if not isinstance(starts, int) or not 1 <= starts <= MAX_STARTS:
+        raise ValueError(
+            f"starts={starts!r} was given, a whole number from 1 to {MAX_STARTS} is expected"
+        )
     if starts == 1:
         return
     if solver != "trust-region":

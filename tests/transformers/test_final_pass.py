@@ -129,7 +129,7 @@ def test_the_gradient_is_that_of_the_whole_model(root, tmp_path):  # noqa: F811
 
 def test_steps_that_lose_are_not_kept(root, tmp_path, monkeypatch):  # noqa: F811
     convert(task_of(root), tmp_path / "fits")
-    monkeypatch.setattr(final_pass, "RATES", {True: -0.1, False: -0.1})  # up the gradient
+    monkeypatch.setattr(final_pass, "RATE", -0.1)  # up the gradient
     record = convert(task_of(root, options=STEPS), tmp_path / "out").report["final_pass"]
     assert record["best_step"] == 0
     assert record["held_out_loss"] == record["start_loss"]

@@ -63,13 +63,17 @@ class Sizes:
         """Checks the sizes.
 
         Raises:
-            ValueError: If one is not positive, or the dense step has fewer residuals than
-                parameters.
+            ValueError: If one is not positive, or a problem has no more rows than columns.
         """
         for field in fields(self):
             value = getattr(self, field.name)
             if value is not None and value < 1:
                 raise ValueError(f"{field.name} is {value}; expected a positive number")
+        if self.sequences * self.length <= self.dim:
+            raise ValueError(
+                f"{self.sequences} x {self.length} rows; expected more than dim={self.dim}: the "
+                "readout would fit them exactly and leave a residual of rounding errors"
+            )
         if self.newton_length <= self.newton_dim:
             raise ValueError(
                 f"newton_length is {self.newton_length}; expected more than "

@@ -140,9 +140,12 @@ class Descents:
         self._ends[index], self._values[index] = self._x[out], self._at.value[out]
         self._converged[index] = converged[out]
         kept = ~out
-        self._at = self._at.take(kept)
-        for name in ("_x", "_unit", "_stage", "_damping", "_steps", "_index"):
-            setattr(self, name, getattr(self, name)[kept])
+        at = self._at.take(kept)
+        x, unit, stage = (part[kept] for part in (self._x, self._unit, self._stage))
+        damping, steps, index = (p[kept] for p in (self._damping, self._steps, self._index))
+        # At once, so that Ctrl-C finds all of one length.
+        self._at, self._x, self._unit, self._stage = at, x, unit, stage
+        self._damping, self._steps, self._index = damping, steps, index
 
     def _advance(self, onward: Tensor) -> None:
         """The next stage, with a damping of its own."""

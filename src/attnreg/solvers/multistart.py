@@ -52,9 +52,9 @@ ZERO = 1e-11
 """A value in the same units below which nothing better is looked for; the ridge that stays in the
 last stage makes up about a tenth of it."""
 
-MAX_SIZE, MAX_NUMBERS, MAX_STATE = 1024, 1 << 26, 1 << 26
+MAX_SIZE, MAX_NUMBERS, MAX_STATE = 1024, 1 << 26, 1 << 24
 """Parameters, and numbers that are formed for one start, up to which curvature is formed for many;
-numbers of the matrices of all starts that are kept at a time."""
+numbers of the curvature matrices of all starts at a time, of which a step holds about five."""
 
 Tell = Callable[[str, float, float], None]
 
@@ -81,6 +81,7 @@ def multistart(
     generator: torch.Generator,
     out_of_time: Callable[[], bool],
     tell: Tell,
+    stages: tuple[float, ...] = COLD,
 ) -> Found:
     """Descends from ``theta`` and random starts, and from reflections of what they found.
 
@@ -91,6 +92,7 @@ def multistart(
         generator: Source of the others and of the reflections.
         out_of_time: Asked before every step; a true answer ends the search.
         tell: Called with a text, how far the search is, and the whole way.
+        stages: The path of ``theta``; the others have :data:`.path.COLD`.
 
     Returns:
         The best end and what was found.
@@ -98,7 +100,7 @@ def multistart(
     Raises:
         ValueError: If the problem is too large for it.
     """
-    return _Search(objective, starts, generator, out_of_time, tell).run(theta)
+    return _Search(objective, starts, generator, out_of_time, tell).run(theta, stages)
 
 
 class _Search:
@@ -122,12 +124,18 @@ class _Search:
         self._values = gram.new_zeros(0)
         self._ends = gram.new_zeros(0, *self._stack.shape)
         self._converged = torch.zeros(0, dtype=torch.bool, device=gram.device)
+        # The ends from `_island` on are those of the last fresh starts and their reflections.
         self._rounds, self._island, self._stale = 0, 0, 0
 
-    def run(self, theta: Tensor) -> Found:
+    def run(self, theta: Tensor, stages: tuple[float, ...]) -> Found:
         interrupted = False
+        given, others = theta.double().view(1, *self._stack.shape), self._random()[1:]
         try:
-            self._descend(self._random(theta), COLD)
+            if stages == COLD:
+                self._descend(torch.cat([given, others]), COLD)
+            else:
+                self._descend(given, stages)
+                self._descend(others, COLD)
             while self._rounds < ROUNDS and not self._out_of_time():
                 if self._best() <= ZERO * self._unit:
                     break
@@ -147,7 +155,7 @@ class _Search:
             self._stale = 0 if helped else self._stale + 1
         else:
             self._island, self._stale = len(self._values), 0
-            self._descend(self._random(None), COLD)
+            self._descend(self._random(), COLD)
 
     @property
     def _island_best(self) -> float:
@@ -156,7 +164,7 @@ class _Search:
 
     @property
     def _unit(self) -> float:
-        return self._objective.target_norm_squared
+        return self._objective.target_norm_squared or 1.0
 
     def _best(self) -> float:
         return float(self._values.min()) if len(self._values) else torch.inf
@@ -185,16 +193,14 @@ class _Search:
             ROUNDS + 1,
         )
 
-    def _random(self, theta: Tensor | None) -> Tensor:
-        """The start that was given and others with logits of several sizes."""
+    def _random(self) -> Tensor:
+        """Random starts with logits of several sizes."""
         problem = self._objective.problem
         shape = (self._starts, *self._stack.shape)
         x = torch.randn(shape, generator=self._generator, dtype=torch.float64)
         low, high = (torch.tensor(size, dtype=torch.float64).log() for size in START_LOGITS)
         sizes = torch.linspace(float(low), float(high), self._starts, dtype=torch.float64).exp()
         x *= sizes[:, None, None] / self._objective.model.logit_size(problem)
-        if theta is not None:
-            x[0] = theta.double().cpu().view(self._stack.shape)
         return x.to(problem.device)
 
     def _reflections(self) -> Tensor:
@@ -225,13 +231,14 @@ class _Search:
     def _minima(self) -> Minima:
         values = self._values[self._converged].sort().values.tolist()
         first = distinct(values, self._unit)
+        second = first[1] if len(first) > 1 else len(values)
         return Minima(
             starts=self._starts,
             rounds=self._rounds,
             descents=len(self._values),
             converged=len(values),
             distinct=len(first),
-            best=[*first, len(values)][1] if first else 0,
+            best=second,
         )
 
 

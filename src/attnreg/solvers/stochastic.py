@@ -44,7 +44,7 @@ from attnreg.solvers.run import Outcome, Run, Settings, relative_gradient_norm
 RATE = 0.56
 WARM_UP = 20
 CLEARLY = 0.9
-"""A loss below this share of the start's, both on the sample, is below it over all rows."""
+"""A loss below this share of the start's, both on the sample, is taken for lower over all rows."""
 
 MOMENTS = (0.9, 0.95)
 """Decay of the gradient's running mean and mean square."""
