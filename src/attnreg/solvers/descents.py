@@ -123,11 +123,12 @@ class Descents:
     def _leave(self, share: Tensor, stuck: Tensor, best: float) -> None:
         """Ends and next stages, by the share of the objective that a step gained."""
         last, value = self._last, self._at.value
-        converged = last & ((share < END_GAIN) | stuck | (value <= self._zero))
+        there = stuck | (value <= self._zero)
+        converged = last & ((share < END_GAIN) | there)
         hopeless = value > HOPELESS_VALUE * min(best, self.best)
         out = last & (share < HOPELESS_GAIN) & hopeless
         out |= converged | (self._steps >= MAX_STEPS) | value.isinf()
-        onward = ~(last | out) & ((share < STAGE_GAIN) | stuck)
+        onward = ~(last | out) & ((share < STAGE_GAIN) | there)
         if bool(out.any()):
             self._put(out, converged)
             onward = onward[~out]

@@ -39,8 +39,8 @@ STEP_TOKENS = 1024
 """Tokens of a mini-batch, padding included (or one window)."""
 
 RATE, ENCODER_RATE = 0.16, 0.05
-"""Of models that predict the next token and of all others: with the first an encoder learns its text
-by heart (measured on 90,000 tokens)."""
+"""Of models that predict the next token and of all others: with the first an encoder learns its
+text by heart (measured on 90,000 tokens)."""
 
 WARM_UP = 20
 MOMENTS = (0.9, 0.95)
