@@ -24,7 +24,7 @@ def main(model: str, calibration: str, out: str) -> None:
     kv_heads = adapter_for(config).shape(config, 0).kv_heads
     plan = Plan(Setting(kv_heads=kv_heads // 2))
     task = prepare(model, plan, calibration, Options(max_iterations=10, final_steps=100))
-    with ConversionDisplay(task.options, enabled=sys.stderr.isatty()) as display:
+    with ConversionDisplay(task, enabled=sys.stderr.isatty()) as display:
         done = convert(task, out, observer=display.update)
     print(f"excess on held-out text: {done.excess:.4f} nats per token")
     if task.obstacle is None:

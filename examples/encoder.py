@@ -32,7 +32,7 @@ def main(model: str, calibration: str, out: str) -> None:
     config = Checkpoint.open(model).config
     kv_heads = adapter_for(config).shape(config, 0).kv_heads
     task = prepare(model, Plan(Setting(kv_heads=kv_heads // 3)), calibration, Options())
-    with ConversionDisplay(task.options, enabled=sys.stderr.isatty()) as display:
+    with ConversionDisplay(task, enabled=sys.stderr.isatty()) as display:
         done = convert(task, out, observer=display.update)
     print(f"held-out cosine: {done.cosine:.4f}")
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -157,5 +157,5 @@ def test_a_solver_that_is_not_for_the_problem(refused, problem):
 
 
 def test_starts_that_a_fit_cannot_have(refused, problem):
-    assert "at least 1 is expected" in refused(*FIT, "--starts", 0)
+    assert "a whole number from 1 to 65536" in refused(*FIT, "--starts", 0)
     assert "MultiHead takes one start" in refused(*MULTI, "--head-dim", 2, "--starts", 2)
