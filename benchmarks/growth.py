@@ -19,21 +19,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import product
 from typing import Any
 
 import torch
 
-from attnreg import AttentionProblem, MultiHead
 from attnreg.curvature.preconditioner import gauss_newton_estimate
 from attnreg.objective import Objective, Point
 from attnreg.roofline.replay import Replay
 from attnreg.roofline.trace import trace
 from benchmarks.common import command_line, console, machine, median, parse, print_table, save, show
 from benchmarks.complexity import exponents
+from benchmarks.product_cost import HEAD_DIM, Case, make_point
 
-HEAD_DIM, PRODUCTS = 32, 8
+PRODUCTS = 8
 SEQUENCES, ROWS = (4, 16, 64), (64, 128, 256, 512)
 WIDTHS, HEADS = (64, 128, 256, 512), (2, 4, 8, 16)
 GRID = (SEQUENCES, ROWS, WIDTHS, HEADS)
@@ -45,32 +45,14 @@ LARGE = 5e8
 """Cells with fewer are left out of the fits: overhead."""
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(Case):
     """One measurement."""
-
-    sequences: int
-    rows: int
-    width: int
-    heads: int
 
     @property
     def formula(self) -> float:
         """Of one pass."""
         inner = self.heads * HEAD_DIM
         return float(self.sequences * inner * self.rows) * (self.rows + self.width + inner)
-
-
-def make_point(cell: Cell) -> Point:
-    """The reduced objective at random weights on random data."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (cell.sequences, cell.rows, cell.width)
-    A, B = (torch.randn(shape, generator=generator) for _ in range(2))
-    problem = AttentionProblem(A, B)
-    model = MultiHead(cell.heads, head_dim=HEAD_DIM)
-    theta, _ = model.split(problem, model.start(problem, seed=0))
-    objective = Objective(problem, model)
-    return Point(objective, objective.features(theta))
 
 
 def iteration(objective: Objective, theta: torch.Tensor) -> None:

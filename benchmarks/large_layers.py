@@ -218,7 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path: Path = results_of("large_layers", options.tier)
     content: dict[str, Any] = {
         "machine": machine(),
-        "setting": {"tier": options.tier, **asdict(tier), "layers": None, "dtype": "float32"},
+        "setting": {"tier": options.tier, **asdict(tier), "layers": None, "dtype": "float32"}
+        | {"tried": {peer.name: [m.name for m in peer.layers] for peer in everybody}},
         "missing": missing,
         "not_run": {peer.name: peer.why_no_layers for peer in everybody if not peer.layers},
     }

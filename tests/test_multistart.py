@@ -222,6 +222,24 @@ def test_the_start_that_was_given_is_never_made_worse():
         assert value <= init.loss * (1 + 1e-6)
 
 
+@pytest.mark.parametrize(
+    ("stages", "expected"), [(WARM, [(1, WARM), (7, COLD)]), (COLD, [(8, COLD)])]
+)
+def test_a_given_start_has_its_own_stages(stages, expected, monkeypatch):
+    seen, theta = [], normal(16, seed=9)
+
+    def watched(stack, x, stages, zero):
+        seen.append((len(x), stages))
+        if len(seen) == 1:
+            assert torch.equal(x[0].flatten(), theta)
+        return Descents(stack, x, stages, zero)
+
+    monkeypatch.setattr(multistart, "Descents", watched)
+    monkeypatch.setattr(multistart, "ROUNDS", 0)
+    search_of().run(theta, stages)
+    assert seen == expected
+
+
 def test_ctrl_c_hands_out_the_best_so_far(monkeypatch):
     step, calls = Descents.step, []
 

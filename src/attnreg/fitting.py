@@ -18,7 +18,7 @@ from attnreg.progress import ProgressDisplay
 from attnreg.records import IterationRecord, Status
 from attnreg.result import FitResult
 from attnreg.solvers.approximate_newton import MAX_DENSE_SIZE, ApproximateNewton
-from attnreg.solvers.multistart import check_size, multistart
+from attnreg.solvers.multistart import multistart
 from attnreg.solvers.path import WARM, stages_for
 from attnreg.solvers.run import Outcome, Run, Settings
 from attnreg.solvers.stochastic import Stochastic
@@ -30,6 +30,7 @@ FIRST_CERTIFIED = 1e-9
 and a Newton step more costs less than a certificate."""
 
 MAX_STARTS = 1 << 16
+"""A number of starts above is taken for a mistake: their matrices alone may not fit in memory."""
 
 CUT_SHORT = (Status.MAX_SECONDS, Status.INTERRUPTED, Status.STOPPED)
 """Who wants to stop now is not made to wait for a certificate."""
@@ -136,7 +137,6 @@ def fit(
         settings = Settings(bound, max_iterations, max_seconds, stages, confirm)
         found = None
         if starts > 1:
-            check_size(objective)
             out_of_time = Run(objective, settings, observe, began).out_of_time
             found = multistart(
                 objective, theta, starts, generator, out_of_time, display.show, stages

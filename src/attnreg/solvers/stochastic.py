@@ -98,7 +98,8 @@ class Stochastic:
         self._rates = [RATE * size / root for size, root in zip(sizes, roots, strict=True)]
         self._adam = torch.optim.Adam([{"params": w} for w in self._weights], 0, MOMENTS, FLOOR)
         self._steps, self._began = 0, time.perf_counter()
-        self._reserve = share * passed
+        whole = share if share > 1 else 0.0  # where the sample is not all rows already
+        self._reserve = (1 + whole) * passed
 
     def run(self) -> Outcome:
         """Runs until a bound is met.
