@@ -52,22 +52,22 @@ def loop(problem, start, iterations=1):
 @pytest.mark.usefixtures("small_batches")
 @pytest.mark.parametrize("ridge", [0.0, 1e-2])
 def test_the_parts_of_the_gradient_add_up(monkeypatch, ridge):
-    # Nothing moves. At the solved readout the partial gradient by theta is the reduced
-    # one, and that by the readout is 0: both hold for the sums over the mini-batches.
+    # Nothing moves and the readout is held. At the solved readout the partial gradient by theta is
+    # the reduced one, for the sum over the mini-batches, in whatever coordinates it was taken.
     problem, start = planted(ridge=ridge)
     run = loop(problem, start)
-    slopes = []
-    monkeypatch.setattr(run, "_move", lambda _, slope: slopes.append(slope))
+    monkeypatch.setattr(run, "_move", lambda gradient, factor: None)
+    monkeypatch.setattr(run._readout, "_solve", lambda: None)
     found = [run._step(batch) for batch in run._batches]
     assert len(found) > 4
     point = Point(run._objective, run._objective.features(run._start.theta))
     size = float(point.gradient.norm())
     assert size > 1e-3
-    # The readout here is not refined as the point's is, and the gradient is linear in it.
-    assert float((sum(g for g, _ in found) - point.gradient).norm()) <= 1e-10 * size
+    total = run._inputs.gradient(sum(g for g, _ in found))
+    # The readout here is not refined as the point's is, and the gradient is linear in it; the
+    # coordinates are scaled by at most (1e-6)^-0.2 = 16.
+    assert float((total - point.gradient).norm()) <= 1e-9 * size
     assert sum(loss for _, loss in found) == pytest.approx(point.loss, rel=1e-12)
-    largest = max(float(slope.norm()) for slope in slopes)
-    assert float(sum(slopes).norm()) <= 1e-10 * largest
 
 
 @pytest.mark.usefixtures("small_batches")
@@ -150,7 +150,7 @@ def test_it_comes_near_the_minimum_and_is_reproducible():
 @pytest.mark.parametrize("rows", [8192, 60])
 def test_it_is_never_worse_than_the_start(monkeypatch, rows):
     monkeypatch.setattr(stochastic, "SAMPLE_ROWS", rows)
-    monkeypatch.setattr(stochastic, "RATE", 1e6)  # diverges
+    monkeypatch.setattr(stochastic, "RATE", 1e6)  # leaves the start far behind
     problem, start = planted()
     theta, _ = MODEL.split(problem, start)
     objective = Objective(problem, MODEL)

@@ -19,12 +19,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ParameterBlock:
-    """A named matrix ``(rows, heads * width)`` inside a flat parameter vector."""
+    """A named matrix ``(rows, heads * width)`` inside a flat parameter vector.
+
+    ``inputs`` names the field of a :class:`attnreg.batching.Batch` that the first rows are the
+    coefficients of; one row more belongs to a constant. None where there is none.
+    """
 
     name: str
     rows: int
     heads: int
     width: int
+    inputs: str | None = None
 
     @property
     def size(self) -> int:

@@ -17,6 +17,7 @@ class Status(enum.Enum):
     STALLED = "stalled"
     INTERRUPTED = "interrupted"
     STOPPED = "stopped"
+    DIVERGED = "diverged"
 
     @property
     def text(self) -> str:
@@ -41,6 +42,10 @@ _TEXTS = {
     ),
     Status.INTERRUPTED: (
         "interrupted from the keyboard: this is the best iterate so far; continue with init=result"
+    ),
+    Status.DIVERGED: (
+        "the steps of the mini-batches left the range of numbers and this is the start: use "
+        "solver='trust-region', or scale the problem"
     ),
     Status.STOPPED: "the callback asked to stop: this is the best iterate so far",
 }

@@ -27,7 +27,7 @@ class Bilinear(Model):
 
     def layout(self, problem: AttentionProblem) -> Layout:
         """Sizes on this problem."""
-        block = ParameterBlock("X", problem.d_query, 1, problem.d_key)
+        block = ParameterBlock("X", problem.d_query, 1, problem.d_key, "A1")
         return Layout((block,), 1, 1, problem.d_value, False, keys_move=False, values_move=False)
 
     def start(self, problem: AttentionProblem, seed: int) -> dict[str, Tensor]:

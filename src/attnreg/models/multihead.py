@@ -105,9 +105,9 @@ class MultiHead(Model):
                         "cross-attention"
                     )
         blocks = [
-            ParameterBlock("query", problem.d_query + self._fits("query"), self.heads, e),
-            ParameterBlock("key", problem.d_key + self._fits("key"), self._groups, e),
-            ParameterBlock("value", problem.d_value + self._fits("value"), self._groups, v),
+            ParameterBlock("query", problem.d_query + self._fits("query"), self.heads, e, "A1"),
+            ParameterBlock("key", problem.d_key + self._fits("key"), self._groups, e, "A2"),
+            ParameterBlock("value", problem.d_value + self._fits("value"), self._groups, v, "A3"),
         ]
         if self.norm_eps is not None:
             blocks += [ParameterBlock(name, 1, 1, e) for name in self._gains]

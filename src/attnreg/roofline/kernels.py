@@ -26,7 +26,7 @@ from attnreg.models import Bilinear, MultiHead
 from attnreg.objective import Objective, Point
 from attnreg.operations import Operations
 from attnreg.problem import AttentionProblem
-from attnreg.solvers.minibatches import joint_gradient, minibatches
+from attnreg.solvers.minibatches import features_of, minibatches, partial_gradient
 
 Result = Tensor | tuple[Tensor, ...]
 
@@ -185,7 +185,9 @@ def _layer_kernels(sizes: Sizes, draw: _Draw) -> list[Kernel]:
         ),
         kernel(
             "mini-batch",
-            lambda: joint_gradient(objective, part, theta, readout)[:2],
+            lambda: partial_gradient(objective, part, features_of(objective, part, theta), readout)[
+                0
+            ],
             (*_inputs([part]), part.B, part.weights, theta, readout),
             theta,
             readout,

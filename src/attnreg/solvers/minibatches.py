@@ -48,25 +48,22 @@ def features_of(objective: Objective, batch: Batch, theta: Tensor) -> Features:
     )
 
 
-def joint_gradient(
-    objective: Objective, batch: Batch, theta: Tensor, readout: Tensor
-) -> tuple[Tensor, Tensor, float]:
-    """Gradients of a mini-batch's loss, ``theta: 2 vjp(W r O_F^T)`` and ``O: 2 F^T W r``.
+def partial_gradient(
+    objective: Objective, batch: Batch, features: Features, readout: Tensor
+) -> tuple[Tensor, float]:
+    """Gradient of a mini-batch's loss by ``theta`` at a fixed readout, ``2 vjp(W r O_F^T)``.
 
     Returns:
-        The gradient by ``theta``, that by the readout, and the loss.
+        The gradient, and the loss.
     """
-    features = features_of(objective, batch, theta)
     columns, width = features.columns, objective.layout.features
     residual = columns @ readout - batch.B.flatten(0, 1)
     weighted = residual * batch.weights.reshape(-1, 1)
     gradient = features.vjp(weighted @ readout[:width].mT).mul_(2.0)
-    slope = (columns.mT @ weighted).mul_(2.0)
     objective.operations.projections += product(
-        columns.shape[0], 2 * columns.shape[1] + width, residual.shape[1]
+        columns.shape[0], columns.shape[1] + width, residual.shape[1]
     )
-    loss = float((weighted * residual).sum(dtype=torch.float64))
-    return gradient, slope, loss
+    return gradient, float((weighted * residual).sum(dtype=torch.float64))
 
 
 def spread(batches: Sequence[Batch], rows: int) -> list[Batch]:
@@ -131,7 +128,8 @@ class Pooled:
         chosen = spread(self._batches, SAMPLE_ROWS)
         gradient = torch.zeros_like(theta)
         for batch in chosen:
-            gradient += joint_gradient(objective, batch, theta, self.readout)[0]
+            features = features_of(objective, batch, theta)
+            gradient += partial_gradient(objective, batch, features, self.readout)[0]
         gradient *= self._scale(chosen)
         if objective.ridge is not None:
             objective.add_ridge_gradient(theta - objective.ridge.center, gradient)

@@ -1,20 +1,22 @@
 r"""Mini-batches, for data with many residuals a parameter.
 
 There one gradient over all rows says little more than one over a few sequences, and a curvature
-product costs as much as several of them. So the loop takes Adam steps (Kingma and Ba 2015) on
-mini-batches of whole sequences, with the closed-form gradient of this package, and solves the
-readout at both ends: at the start over a sample of the rows, at the end over all.
+product costs as much as several of them. So the loop takes steps on mini-batches of whole
+sequences, with the closed-form gradient of this package at a readout that is solved all along::
 
-    joint gradient on a mini-batch     theta: 2 vjp(W r O_F^T)      O: 2 F^T W r
+    features F_b, readout O of the last mini-batches    (:mod:`.running_readout`)
+    gradient  g = 2 vjp(W_b r_b O_F^T) + ridges',    M <- MOMENTUM M + (1 - MOMENTUM) g
+    step      polar factors of (1 - MOMENTUM) g + MOMENTUM M, head by head, in coordinates
+              scaled by the inputs' second moment    (:mod:`.steepest`)
 
-plus the ridges' gradient in the share of the rows. The time of the end is set aside from a bound on
-the seconds, estimated from that of the start. The rate of a parameter block is :data:`RATE` times
-the root mean square of the block at the start over the root of its number of rows, so that data and
-weights of any scale and width are treated alike: where the signs of a step agree with the inputs',
-it changes the outputs by a share that does not depend on the width. It rises over :data:`WARM_UP`
-steps and falls to zero along a cosine at the bound of the run, by iterations or by time, whichever
-is nearer. An iteration is one epoch: all sequences once. Heuristic: the rate and the size of the
-mini-batches, both measured on real layers 64 and 384 wide.
+At both ends the readout is exact: at the start over a sample of the rows, at the end over all. The
+time of the end is set aside from a bound on the seconds, estimated from that of the start.
+
+The root mean square of a step is :data:`RATE` times that of the block at the start: the largest
+singular value of a head changes by about the same share whatever its width and the data's scale.
+It rises over :data:`WARM_UP` steps and falls to zero along a line at the bound of the
+run, by iterations or by time, whichever is nearer. An iteration is one epoch: all sequences once.
+Heuristic: the rate, the powers and the size of the mini-batches, measured on real layers.
 """
 
 from __future__ import annotations
@@ -35,22 +37,20 @@ from attnreg.records import IterationRecord, Status
 from attnreg.solvers.minibatches import (
     SAMPLE_ROWS,
     Pooled,
-    joint_gradient,
+    features_of,
     minibatches,
+    partial_gradient,
     spread,
 )
 from attnreg.solvers.run import Outcome, Run, Settings, relative_gradient_norm
+from attnreg.solvers.running_readout import RunningReadout
+from attnreg.solvers.steepest import ScaledInputs, polar_factors
 
-RATE = 0.56
+RATE = 0.015
+MOMENTUM = 0.9
 WARM_UP = 20
 CLEARLY = 0.9
 """A loss below this share of the start's, both on the sample, is taken for lower over all rows."""
-
-MOMENTS = (0.9, 0.95)
-"""Decay of the gradient's running mean and mean square."""
-
-FLOOR = 1e-30
-"""Added to the root of the mean square: no division by zero, whatever the size of the loss."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,15 @@ class Stochastic:
         self._start = Pooled(objective, self._sample, theta)
         passed, share = time.perf_counter() - entered, len(self._batches) / len(self._sample)
         self._metric = natural_metric(self._start)
-        self._theta, self._readout = self._start.theta.clone(), self._start.readout.clone()
-        blocks = split_blocks(self._theta, objective.layout.blocks)  # views: steps move theta
-        self._weights = [*blocks, self._readout]
-        roots = [w.shape[0] ** 0.5 for w in self._weights]
-        sizes = [_size(w) or 1 / root for w, root in zip(self._weights, roots, strict=True)]
-        self._rates = [RATE * size / root for size, root in zip(sizes, roots, strict=True)]
-        self._adam = torch.optim.Adam([{"params": w} for w in self._weights], 0, MOMENTS, FLOOR)
+        self._inputs = ScaledInputs(objective)
+        self._theta = self._inputs.enter(self._start.theta)
+        self._readout = RunningReadout(objective, self._start.readout.clone())
+        self._momentum = torch.zeros_like(self._theta)
+        blocks = objective.layout.blocks
+        self._fitted = blocks[: len(blocks) - objective.layout.held]
+        self._scales = [self._inputs.scales(block) for block in self._fitted]
+        starts = split_blocks(self._start.theta, blocks)
+        self._rates = [RATE * (_size(w) or w.shape[0] ** -0.5) for w in starts]
         self._steps, self._began = 0, time.perf_counter()
         whole = share if share > 1 else 0.0  # where the sample is not all rows already
         self._reserve = (1 + whole) * passed
@@ -114,7 +116,7 @@ class Stochastic:
                 status = self._epoch()
         except KeyboardInterrupt:
             status = Status.INTERRUPTED
-        end = self._end()
+        end = self._whole(self._start) if status is Status.DIVERGED else self._end()
         return Outcome(end, relative_gradient_norm(end), status)
 
     def _end(self) -> Pooled:
@@ -127,7 +129,7 @@ class Stochastic:
             The point over all rows.
         """
         if self._steps:
-            sampled = Pooled(self._objective, self._sample, self._theta)
+            sampled = Pooled(self._objective, self._sample, self._inputs.leave(self._theta))
             end = self._whole(sampled)
             if sampled.value <= CLEARLY * self._start.value:
                 return end
@@ -149,57 +151,64 @@ class Stochastic:
             if self._seconds_left() <= 0:
                 return Status.MAX_SECONDS
             part, value = self._step(self._batches[i])
+            if not math.isfinite(value):
+                return Status.DIVERGED
             gradient += part
             loss += value
-        norm = self._metric.dual_norm(gradient) / self._objective.target_norm_squared
-        ridges = self._objective.ridge_value(self._theta, self._readout)
+        norm = self._metric.dual_norm(self._inputs.gradient(gradient))
+        norm /= self._objective.target_norm_squared
+        theta, readout = self._inputs.leave(self._theta), self._readout.value
+        ridges = self._objective.ridge_value(theta, readout)
         return self._report(_Estimate(loss, loss + ridges), norm, "stochastic")
 
     def _step(self, batch: Batch) -> tuple[Tensor, float]:
-        """One step; the gradient by ``theta`` and the loss that it was taken at."""
-        objective, theta, readout = self._objective, self._theta, self._readout
-        gradient, slope, loss = joint_gradient(objective, batch, theta, readout)
+        """One step; the gradient and the loss that it was taken at."""
+        objective, factor = self._objective, self._factor()
+        features = features_of(objective, self._inputs.batch(batch), self._theta)
+        self._readout.add(features.columns, batch, factor)
+        readout = self._readout.value
+        gradient, loss = partial_gradient(objective, batch, features, readout)
         share = float(batch.weights.sum()) / objective.problem.total_weight
-        self._add_ridges(gradient, slope, share)
-        self._move(gradient, slope)
+        self._add_ridge(gradient, share)
+        if math.isfinite(loss):
+            self._move(gradient, factor)
         # Shares of a pass over all rows, rounded once an epoch: forward and back.
         if self._steps % len(self._batches) == 0:
             objective.count_passes(2)
+        self._steps += 1
         return gradient, loss
 
-    def _move(self, gradient: Tensor, slope: Tensor) -> None:
-        """One Adam step along the gradients by ``theta`` and by the readout."""
-        gradients = [*split_blocks(gradient, self._objective.layout.blocks), slope]
-        factor = self._factor()
-        for weight, part, rate, group in zip(
-            self._weights, gradients, self._rates, self._adam.param_groups, strict=True
-        ):
-            weight.grad, group["lr"] = part, factor * rate
-        self._adam.step()
-        self._steps += 1
+    def _move(self, gradient: Tensor, factor: float) -> None:
+        """One step of every block, at a share of its rate."""
+        self._momentum.lerp_(gradient, 1 - MOMENTUM)
+        direction = torch.lerp(gradient, self._momentum, MOMENTUM)
+        blocks = self._objective.layout.blocks
+        weights, directions = split_blocks(self._theta, blocks), split_blocks(direction, blocks)
+        for i, block in enumerate(self._fitted):
+            step = polar_factors(directions[i], block.heads)
+            size = _size(self._scales[i] * step)
+            if size > 0.0:
+                weights[i].sub_(step, alpha=factor * self._rates[i] / size)
 
     def _factor(self) -> float:
-        """Of the rate: warm-up, then a cosine to zero at the nearer bound."""
+        """Of the rate: warm-up, then a line to zero at the nearer bound."""
         total = self._settings.max_iterations * len(self._batches)
         done = self._steps / max(1, total)
         spent, left = time.perf_counter() - self._began, max(0.0, self._seconds_left())
-        done = max(done, spent / (spent + left))
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-        return cosine * min(1.0, (self._steps + 1) / WARM_UP)
+        done = min(1.0, max(done, spent / (spent + left)))
+        return (1.0 - done) * min(1.0, (self._steps + 1) / WARM_UP)
 
     def _seconds_left(self) -> float:
         """Until the end has to begin."""
         return self._run.seconds_left() - self._reserve
 
-    def _add_ridges(self, gradient: Tensor, slope: Tensor, share: float) -> None:
+    def _add_ridge(self, gradient: Tensor, share: float) -> None:
         ridge = self._objective.ridge
         if ridge is None:
             return
         pull = torch.zeros_like(gradient)
-        self._objective.add_ridge_gradient(self._theta - ridge.center, pull)
-        gradient.add_(pull, alpha=share)
-        distance = (self._readout - ridge.readout_center).double()
-        slope.add_((ridge.readout @ distance).to(slope.dtype), alpha=2.0 * share)
+        self._objective.add_ridge_gradient(self._inputs.leave(self._theta) - ridge.center, pull)
+        gradient.add_(self._inputs.pulled(pull), alpha=share)
 
     def _report(self, point: Pooled | _Estimate, norm: float, phase: str) -> Status | None:
         return self._run.report(
