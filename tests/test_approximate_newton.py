@@ -191,7 +191,7 @@ def test_a_saved_fit_remembers_its_solver(tmp_path):
 
 
 def test_names_of_solvers_are_those_of_the_command_line():
-    assert SOLVERS == ("trust-region", "stochastic", "newton-sketch", "newton-cg")
+    assert SOLVERS == ("trust-region", "stochastic", "newton-sketch", "newton-cg", "auto")
 
 
 @pytest.mark.parametrize("ratio", [1.0, 1e-2])

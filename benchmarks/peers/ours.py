@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from attnreg import IterationRecord
 
 UNLIMITED = 10**6
-REDUNDANT = 20.0
-"""Residuals a parameter from which `solver="stochastic"` is taken on a real layer."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Ours:
         result = attnreg.fit(
             problem.attention(),
             problem.model,
-            solver=solver_for(problem, start),
+            solver="auto",
             init=start,
             starts=self.starts,
             tol=self.tol,
@@ -66,13 +64,6 @@ class Ours:
         if status is not Status.CONVERGED:
             recorder.stop(status)
         return trace.note
-
-
-def solver_for(problem: Problem, start: Weights) -> str:
-    """Mini-batches for a layer with redundant data, else the default."""
-    parameters = sum(value.numel() for value in start.values())
-    redundant = problem.model is not None and problem.B.numel() >= REDUNDANT * parameters
-    return "stochastic" if redundant else "trust-region"
 
 
 def _status(trace: Trace, recorder: Recorder) -> Status:

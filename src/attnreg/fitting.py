@@ -18,13 +18,14 @@ from attnreg.progress import ProgressDisplay
 from attnreg.records import IterationRecord, Status
 from attnreg.result import FitResult
 from attnreg.solvers.approximate_newton import MAX_DENSE_SIZE, ApproximateNewton
+from attnreg.solvers.choice import EPOCHS, chosen
 from attnreg.solvers.multistart import multistart
 from attnreg.solvers.path import WARM, stages_for
 from attnreg.solvers.run import Outcome, Run, Settings
 from attnreg.solvers.stochastic import Stochastic
 from attnreg.solvers.trust_region import TrustRegion
 
-SOLVERS = ("trust-region", "stochastic", "newton-sketch", "newton-cg")
+SOLVERS = ("trust-region", "stochastic", "newton-sketch", "newton-cg", "auto")
 FIRST_CERTIFIED = 1e-9
 """Bound on the gradient at which a certificate is tried first: a larger gradient seldom gets one,
 and a Newton step more costs less than a certificate."""
@@ -64,7 +65,10 @@ def fit(
             ``"newton-sketch"``, the paper's algorithm with sampled query rows; ``"newton-cg"``,
             the same by conjugate gradients in the natural metric. The last two are for
             :class:`Bilinear` with both ridges, and descend from the start with constant forcing:
-            no path and no other starts.
+            no path and no other starts. ``"auto"`` takes mini-batches for a layer with at least
+            20 residuals a parameter: for all of ``max_seconds``, or, without it, for 12 epochs
+            after which ``"trust-region"`` goes on from there; and ``"trust-region"`` for all else.
+            A note of the result says which and why, and the history's phases show it.
         init: Named parameters to start from, or a result to continue. A start whose readout
             (``Y``, or ``W_O`` and ``b_O``) is zero is led in by the regularisation path; for
             :class:`Bilinear` other starts are tried too, and the loss may rise between them. The
@@ -98,6 +102,7 @@ def fit(
     """
     began = time.perf_counter()
     model = Bilinear() if model is None else model
+    automatic = solver == "auto"
     _check_bounds(tol, max_iterations, max_seconds)
     check_solver(solver, problem, model)
     check_starts(starts, solver, model)
@@ -120,6 +125,10 @@ def fit(
         init = init.parameters
     template = model.start(problem, seed) if init is None else dict(init)
     theta, readout = model.split(problem, template)
+    reasons: tuple[str, ...] = ()
+    if automatic:
+        solver, reason = chosen(problem, model, theta.numel() + readout.numel())
+        reasons = (f"solver='auto' took {solver!r}: {reason}",)
     history: list[IterationRecord] = []
     certifier = Certifier(problem, model, template, tol) if certify else None
     bound = min(tol, FIRST_CERTIFIED) if certify else tol
@@ -147,12 +156,23 @@ def fit(
         if solver == "trust-region":
             outcome = TrustRegion(objective, theta, settings, generator, observe, began).run()
         elif solver == "stochastic":
-            outcome = Stochastic(objective, theta, settings, generator, observe, began).run()
+            goes_on = automatic and max_seconds is None and max_iterations > EPOCHS
+            bounds = replace(settings, max_iterations=EPOCHS) if goes_on else settings
+            outcome = Stochastic(objective, theta, bounds, generator, observe, began).run()
+            if goes_on and outcome.status is Status.MAX_ITERATIONS:
+                bounds = replace(settings, max_iterations=max_iterations - EPOCHS)
+                reasons += (f"'trust-region' went on after {EPOCHS} epochs of mini-batches",)
+
+                def later(record: IterationRecord) -> bool | None:
+                    return observe(replace(record, iteration=record.iteration + EPOCHS))
+
+                theta = outcome.point.theta
+                outcome = TrustRegion(objective, theta, bounds, generator, later, began).run()
         else:
             source = generator if solver == "newton-sketch" else None
             loop = ApproximateNewton(objective, theta, settings, observe, began, source)
             outcome = loop.run()
-        status, notes, certificate = outcome.status, _notes(objective, outcome), None
+        status, notes, certificate = outcome.status, reasons + _notes(objective, outcome), None
         if found is not None and found.interrupted and status is Status.MAX_ITERATIONS:
             status = Status.INTERRUPTED
         if certifier is not None and status not in CUT_SHORT:
@@ -222,7 +242,7 @@ def check_solver(solver: str, problem: AttentionProblem, model: Model) -> None:
     if solver not in SOLVERS:
         names = ", ".join(map(repr, SOLVERS))
         raise ValueError(f"solver={solver!r} was given, one of {names} is expected")
-    if solver in ("trust-region", "stochastic"):
+    if solver in ("trust-region", "stochastic", "auto"):
         return
     if not isinstance(model, Bilinear):
         raise ValueError(
@@ -254,7 +274,7 @@ def check_starts(starts: int, solver: str, model: Model) -> None:
         )
     if starts == 1:
         return
-    if solver != "trust-region":
+    if solver not in ("trust-region", "auto"):
         raise ValueError(
             f"starts={starts} was given with solver={solver!r}, which takes one start: use "
             "solver='trust-region', and its result as init="

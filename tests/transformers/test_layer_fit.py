@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import attnreg
-from attnreg.transformers import layer_fit, regularised
-from attnreg.transformers.layer_fit import fit_layer, relative_error, sample, solver_for
+from attnreg.solvers.choice import REDUNDANT, solver_for
+from attnreg.transformers import regularised
+from attnreg.transformers.layer_fit import fit_layer, relative_error, sample
 
 TEACHER = attnreg.MultiHead(heads=4, kv_heads=4, head_dim=2, bias=False)
 STUDENT = attnreg.MultiHead(heads=4, kv_heads=2, head_dim=2, bias=False)
@@ -24,8 +25,8 @@ def layer(sequences, rows=10, seed=0):
 
 
 def test_the_solver_follows_the_residuals_of_a_weight():
-    assert solver_for(layer_fit.REDUNDANT * 100, 100) == "stochastic"
-    assert solver_for(layer_fit.REDUNDANT * 100 - 1, 100) == "trust-region"
+    assert solver_for(REDUNDANT * 100, 100) == "stochastic"
+    assert solver_for(REDUNDANT * 100 - 1, 100) == "trust-region"
 
 
 @pytest.mark.parametrize(("sequences", "solver"), [(4, "trust-region"), (64, "stochastic")])

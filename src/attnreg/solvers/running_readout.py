@@ -4,12 +4,12 @@ After each mini-batch, with features ``F_b``, targets ``B_b`` and weights ``W_b`
 
     G <- keep G + F_b^T W_b F_b,    H <- keep H + F_b^T W_b B_b,    keep = 1 - rows_b / window
 
-and every :data:`EVERY` steps ``(G + R + DAMPING mean(diag G) I) O = H + R O0``, where the ridge
+and every :data:`EVERY` steps ``(G + R + c mean(diag G) I) O = H + R O0``, where the ridge
 ``R`` counts in the share of the rows that ``G`` holds (recursive least squares with forgetting). A
 short window follows the features as they move and a long one has less noise: it holds
-:data:`WINDOW` rows a column, and more as the rate falls, up to all rows. The damping, of the
-running readout only, keeps that noise from the directions that the features hardly have: where
-the rows of a sequence are alike, a layer near the end of a model was fitted to .44 instead of .48.
+:data:`WINDOW` rows a column, and more as the rate falls, up to all rows. The damping ``c``,
+:data:`DAMPING` times the share of the rate, keeps that noise from the directions that the features
+hardly have (it matters where the rows of a sequence are alike), and is gone at the end.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from attnreg.operations import product
 WINDOW, LONGEST = 33, 50.0
 """Rows a column in the window at the full rate, and how many times more at the end at most."""
 
-DAMPING = 2e-2
+DAMPING = 3e-2
 EVERY = 3
 
 
@@ -62,19 +62,19 @@ class RunningReadout:
         self._weight = keep * self._weight + float(weights.sum(dtype=torch.float64))
         self._objective.operations.projections += product(rows, k, k + targets.shape[1])
         if self._added % EVERY == 0 and 2 * self._rows >= window:
-            self._solve()
+            self._solve(DAMPING * rate)
         self._added += 1
 
-    def _solve(self) -> None:
+    def _solve(self, damping: float) -> None:
         gram, right, ridge = self._gram.clone(), self._right, self._objective.ridge
         width = self._objective.layout.features
-        damping = DAMPING * float(gram.diagonal()[:width].mean())
+        shift = damping * float(gram.diagonal()[:width].mean())
         if ridge is not None:
             share = self._weight / self._objective.problem.total_weight
             pull = ridge.readout.to(gram.dtype) * share
             gram += pull
             right = right + pull @ ridge.readout_center.to(gram.dtype)
-        gram.diagonal()[:width] += damping
+        gram.diagonal()[:width] += shift
         factor, info = torch.linalg.cholesky_ex(gram)
         if int(info) == 0:  # not where all features are zero: the readout is as good as any
             self.value.copy_(torch.cholesky_solve(right, factor))

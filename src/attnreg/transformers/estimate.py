@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from attnreg.solvers.choice import solver_for
 from attnreg.transformers.final_pass import STEP_TOKENS
-from attnreg.transformers.layer_fit import solver_for
 from attnreg.transformers.shapes import AttentionShape
 from attnreg.transformers.task import Task, whole_model_bytes
 

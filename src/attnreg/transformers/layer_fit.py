@@ -13,14 +13,11 @@ from torch import Tensor
 from attnreg.models import Model, MultiHead
 from attnreg.problem import AttentionProblem
 from attnreg.result import predict
+from attnreg.solvers.choice import solver_for
 from attnreg.transformers.regularised import Bounds, regularised_fit
 from attnreg.transformers.shapes import AttentionShape
 from attnreg.transformers.starts import best_start
 from attnreg.transformers.streaming import Blockwise
-
-REDUNDANT = 20
-"""Residuals a parameter from which mini-batches fit faster than curvature does: real layers with
-130 were fitted sooner by mini-batches, one with 2.7 by curvature."""
 
 SCORED_ROWS = 4096
 """Rows on which the starts are compared, about: their errors differ by more than a sample does."""
@@ -126,11 +123,6 @@ def fit_layer(
         step=found.step,
         path=found.path,
     )
-
-
-def solver_for(residuals: int, weights: int) -> str:
-    """``"stochastic"`` where there are many residuals a weight, else ``"trust-region"``."""
-    return "stochastic" if residuals >= REDUNDANT * weights else "trust-region"
 
 
 def sample(problem: AttentionProblem, rows: int) -> AttentionProblem:
