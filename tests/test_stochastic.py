@@ -8,7 +8,7 @@ import torch
 import attnreg
 from attnreg.objective import Objective, Point
 from attnreg.records import Status
-from attnreg.solvers import minibatches, stochastic
+from attnreg.solvers import choice, minibatches, stochastic
 from attnreg.solvers.minibatches import Pooled
 from attnreg.solvers.minibatches import minibatches as cut
 from attnreg.solvers.run import Settings
@@ -193,3 +193,56 @@ def test_the_rate_rises_and_falls(small_batches):
     assert 0 < peak <= stochastic.WARM_UP
     assert factors[-1] == pytest.approx(0.0, abs=1e-12)
     assert all(math.isfinite(f) and 0 <= f <= 1 for f in factors)
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_steps_that_leave_the_numbers_end_in_the_start(monkeypatch):
+    monkeypatch.setattr(stochastic, "RATE", 1e250)
+    problem, start = planted()
+    result = attnreg.fit(problem, MODEL, init=start, solver="stochastic", max_iterations=3)
+    theta, _ = MODEL.split(problem, start)
+    objective = Objective(problem, MODEL)
+    assert result.status is Status.DIVERGED
+    assert not result.converged
+    begun = Point(objective, objective.features(theta)).loss
+    assert result.loss == pytest.approx(begun, rel=1e-11)
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_auto_goes_from_mini_batches_to_curvature():
+    problem, start = planted(lengths=(12,) * 150)
+    assert problem.n_rows * problem.d_out > choice.REDUNDANT * sum(
+        w.numel() for w in start.values()
+    )
+    result = attnreg.fit(problem, MODEL, init=start, solver="auto", tol=1e-6)
+    assert result.status is Status.CONVERGED
+    assert result.solver == "trust-region"
+    phases = [record.phase for record in result.history]
+    last = max(i for i, phase in enumerate(phases) if phase == "stochastic")
+    assert phases.count("stochastic") == choice.EPOCHS
+    assert set(phases[last + 1 :]) & {"gauss-newton", "newton"}
+    numbers = [record.iteration for record in result.history]
+    assert numbers == sorted(numbers)
+    assert any("residuals a parameter, at least 20" in note for note in result.notes)
+    assert any("went on after 12 epochs" in note for note in result.notes)
+    few = attnreg.fit(problem, MODEL, init=start, solver="auto", max_iterations=2)
+    timed = attnreg.fit(
+        problem, MODEL, init=start, solver="auto", max_seconds=1.0, max_iterations=15
+    )
+    for short in (few, timed):
+        assert short.solver == "stochastic"
+        assert {record.phase for record in short.history[1:]} == {"stochastic"}
+
+
+def test_auto_takes_curvature_where_data_are_scarce_or_the_model_bilinear():
+    problem, start = planted()
+    automatic = attnreg.fit(problem, MODEL, init=start, solver="auto", max_iterations=5)
+    plain = attnreg.fit(problem, MODEL, init=start, max_iterations=5)
+    assert automatic.loss == plain.loss
+    assert automatic.solver == "trust-region"
+    assert any("less than 20" in note for note in automatic.notes)
+    inputs = torch.randn(400, 2, 2, generator=torch.Generator().manual_seed(0))
+    bilinear = attnreg.fit(
+        attnreg.AttentionProblem(inputs, inputs), solver="auto", max_iterations=2
+    )
+    assert bilinear.solver == "trust-region"

@@ -168,6 +168,7 @@ def fit(
 
                 theta = outcome.point.theta
                 outcome = TrustRegion(objective, theta, bounds, generator, later, began).run()
+                solver = "trust-region"
         else:
             source = generator if solver == "newton-sketch" else None
             loop = ApproximateNewton(objective, theta, settings, observe, began, source)
