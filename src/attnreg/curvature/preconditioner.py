@@ -82,8 +82,8 @@ def gauss_newton_estimate(
         for b in blocks
     ]
     for _ in range(samples):
-        signs = torch.randint(0, 2, point.residual.shape, generator=generator)
-        rows = (2 * signs - 1).to(point.residual)
+        signs = torch.randint(0, 2, point.residual.shape, generator=generator, dtype=torch.int8)
+        rows = signs.to(point.residual).mul_(2.0).sub_(1.0)
         if objective.weights is not None:
             rows *= objective.weights.sqrt()
         cotangent = point.project_out(rows) @ point.coupling.mT

@@ -11,6 +11,9 @@ Solves ``(H + damping I) d = -g`` from ``d = 0`` and stops when
 * a direction's curvature cannot be told from zero beside the largest one met (null directions of
   the gauge, at the level of rounding), or
 * the caller's clock has run out; the direction so far still decreases the model.
+
+With ``pairs`` the preconditioner is corrected by the products of earlier solves, and those of this
+one are kept (:mod:`.curvature_pairs`).
 """
 
 from __future__ import annotations
@@ -20,9 +23,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from attnreg.linear_solve.curvature_pairs import CurvaturePairs, Operator
 from attnreg.linear_solve.solve import Solve
-
-Operator = Callable[[Tensor], Tensor]
 
 
 def conjugate_gradients(
@@ -34,6 +36,7 @@ def conjugate_gradients(
     max_iterations: int,
     out_of_time: Callable[[], bool] | None = None,
     overhead: float | None = None,
+    pairs: CurvaturePairs | None = None,
 ) -> Solve:
     """Solves ``(H + damping I) d = -gradient``.
 
@@ -47,10 +50,13 @@ def conjugate_gradients(
         max_iterations: Bound on the products.
         out_of_time: Asked after each product; a true answer ends the solve.
         overhead: Cost of a new point in products, for the test of the average; None: no such test.
+        pairs: Directions and products of earlier solves; those of this one are added.
 
     Returns:
         The direction with its statistics.
     """
+    if pairs is not None:
+        precondition = pairs.corrected(precondition, damping)
     direction = torch.zeros_like(gradient)
     residual = -gradient
     preconditioned = precondition(residual)
@@ -62,9 +68,8 @@ def conjugate_gradients(
     while not converged and iterations < max_iterations:
         hp = product(p)
         iterations += 1
-        if damping:
-            hp.add_(p, alpha=damping)
-        curvature, square = _dot(p, hp), _dot(p, p)
+        undamped, square = _dot(p, hp), _dot(p, p)
+        curvature = undamped + damping * square
         top = max(top, curvature / square) if square > 0.0 else top
         if abs(curvature) <= flat * top * square:
             break
@@ -72,6 +77,9 @@ def conjugate_gradients(
             negative = curvature - damping * square
             change = _model_change(gradient, direction, residual, damping)
             return Solve(direction, iterations, change, False, p, negative)
+        if pairs is not None and undamped > flat * top * square:
+            pairs.add(p, hp)
+        hp.add_(p, alpha=damping)
         alpha = rz / curvature
         direction.add_(p, alpha=alpha)
         gain = 0.5 * alpha * rz

@@ -13,7 +13,8 @@ is an iteration of the same loop.
 * **Damping** is Euclidean, in units of the mean eigenvalue of the curvature, so that early
   steps stay in the directions with variance. In the Newton phase it is scaled by the relative
   gradient and vanishes at the solution (heuristic; the tail is quadratic because of it).
-* **Preconditioner and stopping test** live in the natural metric.
+* **Preconditioner and stopping test** live in the natural metric; the preconditioner is corrected
+  by the products of the solves before.
 * **Cold starts.** Where inputs have few effective dimensions the start is chosen in a race of
   many; a start whose path ends on a plateau is left for a fresh one (:mod:`.restarts`).
 * **Path.** Stages of an extra ridge on the readout; the next stage begins when a step of the
@@ -37,6 +38,7 @@ from attnreg.curvature.dense import assemble_gauss_newton, assemble_hessian, ass
 from attnreg.curvature.preconditioner import BlockSolver, gauss_newton_estimate
 from attnreg.linear_solve.cg import conjugate_gradients
 from attnreg.linear_solve.cholesky import DenseSolver
+from attnreg.linear_solve.curvature_pairs import CurvaturePairs
 from attnreg.linear_solve.solve import Solve
 from attnreg.objective import Objective, Point
 from attnreg.records import IterationRecord, Status
@@ -56,9 +58,12 @@ STAGE_GAIN = 1e-2
 NEWTON_GAIN = 1e-2
 """The exact Hessian is tried once a step gains less than this share of the objective."""
 
-OVERHEAD = 2.0
+OVERHEAD = 1.0
 """Cost of a point (features, gradient, estimate, readout) in products, measured: a solve with
 Gauss-Newton ends where another product gains less than the average."""
+
+ESTIMATE_EVERY = 3
+"""Points that share an estimate of the curvature: what it has missed since, the pairs correct."""
 
 FORCING = 0.3
 """Largest relative residual of a solve with the exact Hessian."""
@@ -113,8 +118,7 @@ class TrustRegion:
         self._generator = generator
         self._run = Run(objective, settings, observe, began)
         self._last_products = 0
-        self._estimate: BlockSolver | None = None  # of the current point, as is the next one
-        self._dense: tuple[bool, DenseSolver] | None = None  # and whether it is the exact Hessian
+        self._dense: tuple[bool, DenseSolver] | None = None  # of the point; if the exact Hessian
         self._start, self._start_value = theta, math.inf  # the best of all starts
         self._begin(theta)
         layout = objective.layout
@@ -132,6 +136,9 @@ class TrustRegion:
         self._unit = power / columns.shape[1]
         self._stage = stage
         self._damping = DAMPING if self._final else PATH_DAMPING
+        self._pairs = CurvaturePairs(theta)
+        self._estimate: BlockSolver | None = None
+        self._estimated = 0  # points that the estimate has served
         self._gain = math.inf  # share of the objective that the last step gained
         self._newton, self._newton_from, self._patience = False, 0, 2
         own = Point(self._objective, features)
@@ -174,8 +181,8 @@ class TrustRegion:
                 return self._restart(self._restarts.leave(self._point))
         self._choose_curvature()
         point = self._point
-        if self._estimate is None:
-            self._estimate = gauss_newton_estimate(point, self._generator)
+        if self._estimate is None or self._estimated >= ESTIMATE_EVERY:
+            self._estimate, self._estimated = gauss_newton_estimate(point, self._generator), 0
         shift = self._damping * self._estimate.mean_eigenvalue
         if self._newton:
             shift *= min(1.0, self._norm / self._first_norm)
@@ -221,6 +228,7 @@ class TrustRegion:
             MAX_INNER,
             self._run.out_of_time,
             None if self._newton else OVERHEAD,
+            self._pairs,
         )
         self._last_products = solve.iterations
         return solve
@@ -316,7 +324,8 @@ class TrustRegion:
         self._patience *= 2
 
     def _move(self, point: Point) -> None:
-        self._point, self._estimate, self._dense = point, None, None
+        self._point, self._dense = point, None
+        self._estimated += 1
         self._norm = relative_gradient_norm(point)
 
     def _report(self, phase: str, shift: float, inner: int, accepted: bool) -> Status | None:
