@@ -52,8 +52,8 @@ Generate = Annotated[
     typer.Option(
         metavar="TOKENS",
         min=0,
-        help="Text that the original writes itself, to fit on beside TEXT; helps where that is "
-        "short.",
+        help="More text to fit on beside TEXT, where that is short: the original writes it itself "
+        "or, where it cannot, spans of TEXT are put together anew.",
     ),
 ]
 FinalSteps = Annotated[

@@ -242,12 +242,32 @@ def _checked(name: str, ids: list[list[int]], documents: list[int], left_out: in
     return Windows.of(ids, name, documents, left_out)
 
 
+def special_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer puts in front of and behind a text.
+
+    Raises:
+        ValueError: If it changes the text between them.
+    """
+    plain, framed = _ids(tokenizer, "a", special=False), _ids(tokenizer, "a", special=True)
+    for start in range(len(framed) - len(plain) + 1):
+        if framed[start : start + len(plain)] == plain:
+            return framed[:start], framed[start + len(plain) :]
+    raise ValueError(
+        f"the tokenizer gives {framed} with special tokens and {plain} without; expected the "
+        "second within the first"
+    )
+
+
+def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+
 class _Cutter:
     """Tokenises documents and cuts them; every piece has the special tokens around it."""
 
     def __init__(self, tokenizer: Any, length: int) -> None:
         self._tokenizer = tokenizer
-        self._before, self._after = self._frame("a")
+        self._before, self._after = special_frame(tokenizer)
         self.special = len(self._before) + len(self._after)
         self._room = length - self.special
         if self._room < 1:
@@ -256,23 +276,8 @@ class _Cutter:
                 f"{self.special}; give longer windows"
             )
 
-    def _ids(self, text: str, special: bool) -> list[int]:
-        found = self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-        return list(found)
-
-    def _frame(self, text: str) -> tuple[list[int], list[int]]:
-        """The special tokens in front of and behind a text."""
-        plain, framed = self._ids(text, False), self._ids(text, True)
-        for start in range(len(framed) - len(plain) + 1):
-            if framed[start : start + len(plain)] == plain:
-                return framed[:start], framed[start + len(plain) :]
-        raise ValueError(
-            f"the tokenizer gives {framed} with special tokens and {plain} without; expected the "
-            "second within the first"
-        )
-
     def cut(self, text: str) -> list[list[int]]:
-        plain = self._ids(text, False)
+        plain = _ids(self._tokenizer, text, special=False)
         starts = range(0, len(plain), self._room)
         return [[*self._before, *plain[i : i + self._room], *self._after] for i in starts]
 

@@ -34,7 +34,7 @@ def build_report(
         command: The command line.
         records: One for each fitted block, with ``layers`` and the errors.
         final: The record of the final pass; None: there was none.
-        generated: What the original wrote; None: nothing.
+        generated: Windows beside the user's text; None: none.
         scores: ``before`` and ``after``, nats a held-out token; or ``cosine``.
 
     Returns:
@@ -138,7 +138,7 @@ def model_card(report: Mapping[str, Any]) -> str:
         f"tokens of {text['source']}, a split of the calibration text that nothing was fitted on; "
         "but it chose where the fits end, so that its numbers are slightly optimistic. "
         f"Fitted on {text['fit']['windows']} windows, {text['fit']['tokens']} tokens"
-        f"{_generated(text['generated'])}.",
+        f"{_generated(report)}.",
         "",
         "## Layers",
         "",
@@ -191,10 +191,13 @@ def _loading(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _generated(windows: Mapping[str, Any] | None) -> str:
+def _generated(report: Mapping[str, Any]) -> str:
+    windows = report["calibration"]["generated"]
     if windows is None:
         return ""
-    return f", and on {windows['tokens']} tokens that the original wrote itself"
+    recombined = "cosine" in report["after"]
+    what = "of its spans put together anew" if recombined else "that the original wrote itself"
+    return f", and on {windows['tokens']} tokens {what}"
 
 
 def _final(report: Mapping[str, Any]) -> list[str]:

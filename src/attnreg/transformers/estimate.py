@@ -75,7 +75,8 @@ def estimate(task: Task) -> Estimate:
     head = vocabulary * width if task.predicts else 0
     step_tokens = min(fitted, STEP_TOKENS)
     # Forward and back; the head once more, for the original.
-    seconds += GENERATION * 2 * applied * task.options.generate / rate
+    if task.predicts:
+        seconds += GENERATION * 2 * applied * task.options.generate / rate
     fits += steps * 2 * (3 * applied + 4 * head) * step_tokens / rate
     limit = task.options.max_seconds
     seconds += fits if limit is None else min(limit, fits)

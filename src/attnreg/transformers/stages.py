@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnreg.transformers.calibration import Windows
+from attnreg.transformers.calibration import Windows, read_tokenizer, special_frame
 from attnreg.transformers.final_pass import Refinement
 from attnreg.transformers.generation import generate_windows
 from attnreg.transformers.journal import Journal
 from attnreg.transformers.layer_fit import LayerFit, fit_layer, layer_problem
+from attnreg.transformers.recombination import recombined_windows
 from attnreg.transformers.streaming import Blockwise
 from attnreg.transformers.task import Group, Task, multi_head, window_length
 
@@ -74,7 +75,8 @@ class Stages:
 
     Attributes:
         final: The record of the final pass; None: there was none.
-        generated: What the original wrote; None: nothing.
+        generated: Windows beside the user's: what the original wrote, or spans of the text put
+            together anew where it cannot write; None: none.
     """
 
     task: Task
@@ -144,8 +146,15 @@ class Stages:
         return {name: value.to(device) for name, value in found[0].items()}, found[1]
 
     def sampled(self) -> Windows:
-        """Windows that the original writes, unless the journal has them."""
+        """Windows beside the user's, by a model that writes unless the journal has them."""
         task = self.task
+        if not task.predicts:
+            self.report("text")
+            frame = special_frame(read_tokenizer(task.checkpoint.folder))
+            self.done += 1
+            return recombined_windows(
+                task.fit, task.options.generate, frame=frame, seed=task.options.seed
+            )
         if self.journal.read(TEXT) is None:
             self.report("text")
             windows = generate_windows(

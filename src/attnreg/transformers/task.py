@@ -35,7 +35,8 @@ class Options:
         tokens: Calibration tokens to use at most; None: all.
         held_out: Share of the documents that nothing is fitted on: the held-out errors and the
             before/after numbers are from these.
-        generate: Tokens that the original writes itself, to fit on beside the text; 0: none.
+        generate: Tokens to fit on beside the text, 0: none. A model that predicts the next token
+            writes them itself; for any other, spans of the text are put together anew.
         final_steps: Steps of the final pass over the whole model; 0: it is left out. None: as
             :attr:`Task.final_steps` says.
         max_iterations: Bound on the iterations of each fit.
@@ -202,12 +203,8 @@ def prepare(source: str | Path, plan: Plan, calibration: Source, options: Option
     except NotExpressible as reason:
         obstacle = " ".join(str(reason).split())
     task = Task(checkpoint, adapter, groups, fit, held_out, options, config, obstacle)
-    if options.generate and not task.predicts:
-        raise ValueError(
-            f"generate={options.generate} was given, but {checkpoint.model_class.__name__} does "
-            "not predict a next token; give more text in its place"
-        )
-    if (options.generate or task.final_steps) and torch.device(options.device).type == "cpu":
+    writes = task.predicts and options.generate
+    if (writes or task.final_steps) and torch.device(options.device).type == "cpu":
         _check_memory(whole_model_bytes(task))
     return task
 
