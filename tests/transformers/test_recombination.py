@@ -1,5 +1,6 @@
 """Text put together anew from spans: its tokens, its bounds, and a conversion with it."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -23,7 +24,7 @@ def numbered(count=6, length=100):
 def runs(row):
     """Lengths of the stretches in which each token follows the one before it in its window."""
     found = [1]
-    for before, after in zip(row[1:-1], row[2:-1], strict=False):
+    for before, after in itertools.pairwise(row[1:-1]):
         if after == before + 1:
             found[-1] += 1
         else:

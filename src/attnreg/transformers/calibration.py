@@ -245,6 +245,9 @@ def _checked(name: str, ids: list[list[int]], documents: list[int], left_out: in
 def special_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The special tokens that a tokenizer puts in front of and behind a text.
 
+    Returns:
+        Those in front and those behind.
+
     Raises:
         ValueError: If it changes the text between them.
     """
