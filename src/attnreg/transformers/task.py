@@ -147,8 +147,8 @@ class Task:
     def final_steps(self) -> int:
         """Steps of the final pass: by default :data:`FINAL_STEPS`, or 0 where no next token is.
 
-        The embeddings of an encoder gained less from it than from as much time for the fits, as long
-        as there was no text beside the user's (:mod:`.recombination`).
+        The embeddings of an encoder gained less from it than from as much time for the fits, where
+        there was no text beside the user's (:mod:`.recombination`).
         """
         steps = self.options.final_steps
         return (FINAL_STEPS if self.predicts else 0) if steps is None else steps
