@@ -11,6 +11,8 @@ Adam's mini-batches and rates come from a trial on layer 3 (10 s, one thread): 4
 than 8 or 16, and of 3e-4, 1e-3, 3e-3 and 1e-2 the second was the best.
 
     python -m benchmarks.conversion_minilm --seconds 20
+    python -m benchmarks.conversion_minilm --threads 2 --methods final --seconds 130 \
+        --generate 300000 --resume
 """
 
 from __future__ import annotations

@@ -59,8 +59,9 @@ NEWTON_GAIN = 1e-2
 """The exact Hessian is tried once a step gains less than this share of the objective."""
 
 OVERHEAD = 1.0
-"""Cost of a point (features, gradient, estimate, readout) in products, measured: a solve with
-Gauss-Newton ends where another product gains less than the average."""
+"""A solve with Gauss-Newton ends where another product gains less than the average, this many for
+the point counted in. A point costs 1.5 (features, gradient, readout, a third of an estimate); a new
+one is worth a little more than that, since the pairs keep what the solve has learnt (measured)."""
 
 ESTIMATE_EVERY = 3
 """Points that share an estimate of the curvature: what it has missed since, the pairs correct."""
