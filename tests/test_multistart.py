@@ -1,6 +1,7 @@
 """Many starts side by side: the stacked derivatives, the descents, the rounds and what is said."""
 
 import dataclasses
+import time
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from attnreg.solvers import descents, multistart, stacked
 from attnreg.solvers.descents import Descents
 from attnreg.solvers.multistart import _Search, distinct
 from attnreg.solvers.path import COLD, WARM
+from attnreg.solvers.run import Run, Settings
 from attnreg.solvers.stacked import Stack
 from benchmarks.multimodal import instance
 from tests.cases import CASES, planted, twin
@@ -29,9 +31,11 @@ def starts_of(objective, count, size=1.0, seed=3):
     return size * normal(count, problem.d_query, problem.d_key, seed=seed)
 
 
-def search_of(problem=NOISY, starts=8, stop=lambda: False, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return _Search(objective_of(problem), starts, generator, stop, lambda *_: None)
+def search_of(problem=NOISY, starts=8, seed=0, max_seconds=None):
+    generator, objective = torch.Generator().manual_seed(seed), objective_of(problem)
+    settings = Settings(1e-8, 500, max_seconds)
+    run = Run(objective, settings, lambda record: None, time.perf_counter())
+    return _Search(objective, starts, generator, run, lambda *_: None)
 
 
 # ---------------------------------------------------------------------- derivatives
@@ -257,6 +261,39 @@ def test_ctrl_c_hands_out_the_best_so_far(monkeypatch):
     assert result.loss < start.loss
 
 
+def test_the_search_is_recorded_where_its_best_falls(monkeypatch):
+    """Each record is of a lower value; the last is as low as the search's end but for rounding."""
+    monkeypatch.setattr(multistart, "ROUNDS", 1)
+    result = fit(NOISY, starts=6)
+    records = [record for record in result.history if record.phase == "search"]
+    values = [record.regularised for record in records]
+    assert values == sorted(values, reverse=True)
+    assert len(values) > 2
+    assert all(record.iteration == 0 for record in records)
+    assert records == list(result.history[: len(records)])
+    start = result.history[len(records)]
+    assert start.phase == "start"
+    assert start.regularised == pytest.approx(values[-1], rel=1e-9)
+    seconds = [record.seconds for record in result.history]
+    assert seconds == sorted(seconds)
+
+
+def test_the_callback_stops_the_search():
+    """At the first record; what is handed out is the best so far, and the loop does nothing."""
+    seen = []
+
+    def stop(record):
+        seen.append(record.phase)
+        return True
+
+    result = fit(NOISY, starts=8, callback=stop)
+    assert result.status is Status.STOPPED
+    assert seen == ["search", "start"]
+    assert result.minima.descents == 8
+    assert result.minima.rounds == 0
+    assert result.loss <= result.history[0].loss
+
+
 def test_targets_of_zero_are_found():
     problem = AttentionProblem(
         normal(12, 3), torch.zeros(12, 2, dtype=torch.float64), ridge_x=0.1, ridge_y=0.1
@@ -266,7 +303,7 @@ def test_targets_of_zero_are_found():
 
 
 def test_the_time_limit_ends_the_search():
-    search = search_of(stop=lambda: True)
+    search = search_of(max_seconds=0.0)
     theta = torch.zeros(16, dtype=torch.float64)
     found = search.run(theta, COLD)
     assert torch.equal(found.theta, theta)

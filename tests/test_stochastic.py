@@ -58,7 +58,7 @@ def test_the_parts_of_the_gradient_add_up(monkeypatch, ridge):
     run = loop(problem, start)
     monkeypatch.setattr(run, "_move", lambda gradient, factor: None)
     monkeypatch.setattr(run._readout, "_solve", lambda damping: None)
-    found = [run._step(batch) for batch in run._batches]
+    found = [run._step(batch) for batch in run._scaled]
     assert len(found) > 4
     point = Point(run._objective, run._objective.features(run._start.theta))
     size = float(point.gradient.norm())

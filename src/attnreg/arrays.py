@@ -81,8 +81,8 @@ def as_floats(
     """
     tensor = as_tensor(name, value, device)
     check_like(name, tensor, like)
-    finite = torch.isfinite(tensor)
-    if not finite.all():
+    # The sum of finite numbers is finite unless it overflows; one that is not never makes it so.
+    if not tensor.sum().isfinite() and not (finite := torch.isfinite(tensor)).all():
         bad = (~finite).nonzero()
         first = tuple(bad[0].tolist())
         raise ValueError(

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 MAX_PADDING = 1.25
@@ -181,6 +182,8 @@ def _make_batch(s: Sequences, group: list[int], lengths: list[tuple[int, int]]) 
 
 def _pad(tensors: list[Tensor], length: int) -> Tensor:
     """Copies of tensors (n_i, ...) as (b, length, ...), zeros at the end of each."""
+    if all(len(tensor) == length for tensor in tensors):
+        return torch.stack(tensors)
     out = tensors[0].new_zeros(len(tensors), length, *tensors[0].shape[1:])
     for row, tensor in zip(out, tensors, strict=True):
         row[: len(tensor)] = tensor

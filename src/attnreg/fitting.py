@@ -77,8 +77,9 @@ def fit(
         starts: Above 1, so many starts, ``init``'s among them, descend side by side first, then
             reflections of the best minima; the fit goes on from the best end, and the result's
             ``minima`` says what was found. For :class:`Bilinear` with ``"trust-region"`` and ``X``
-            of at most 1024 entries. Meanwhile the callback is not called, ``max_iterations`` bounds
-            nothing, and ``max_seconds`` is looked at after each step that all starts take.
+            of at most 1024 entries. Meanwhile a record is made where the best so far has fallen,
+            ``max_iterations`` bounds nothing, and ``max_seconds`` is looked at after each step
+            that all starts take.
         tol: The fit has converged when the dual norm of the reduced gradient in the natural
             metric is at most ``tol * ||B - mean||_F^2``.
         max_iterations: Bound on the iterations, rejected steps included.
@@ -146,12 +147,10 @@ def fit(
         settings = Settings(bound, max_iterations, max_seconds, stages, confirm)
         found = None
         if starts > 1:
-            out_of_time = Run(objective, settings, observe, began).out_of_time
-            found = multistart(
-                objective, theta, starts, generator, out_of_time, display.show, stages
-            )
+            run = Run(objective, settings, observe, began)
+            found = multistart(objective, theta, starts, generator, run, display.show, stages)
             theta, settings = found.theta, replace(settings, stages=WARM)
-            if found.interrupted:
+            if found.ended is not None:
                 settings = replace(settings, max_iterations=0)
         if solver == "trust-region":
             outcome = TrustRegion(objective, theta, settings, generator, observe, began).run()
@@ -174,8 +173,8 @@ def fit(
             loop = ApproximateNewton(objective, theta, settings, observe, began, source)
             outcome = loop.run()
         status, notes, certificate = outcome.status, reasons + _notes(objective, outcome), None
-        if found is not None and found.interrupted and status is Status.MAX_ITERATIONS:
-            status = Status.INTERRUPTED
+        if found is not None and found.ended and status is Status.MAX_ITERATIONS:
+            status = found.ended
         if certifier is not None and status not in CUT_SHORT:
             confirmed, certificate = certifier.confirms(outcome.point), certifier.certificate
             status = Status.CERTIFIED if confirmed else status

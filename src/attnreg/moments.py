@@ -35,6 +35,34 @@ def gram(rows: Iterable[Tensor], weights: Iterable[Tensor] | None = None) -> Ten
     return total
 
 
+def grams_about_means(sequences: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Gram matrices of sequences, each less its mean and as it is, and the sum, in one pass.
+
+    The second is the first plus what the means add, a sum of positive semi-definite matrices, so
+    that neither is a difference. A sequence of equal rows adds exactly 0 to the first.
+
+    Args:
+        sequences: Matrices (n, d), at least one.
+
+    Returns:
+        Gram matrix of the centred rows (d, d), Gram matrix (d, d), and sum (d,), float64.
+    """
+    centred, means, counts = torch.zeros(()), [], []
+    for rows in sequences:
+        if centred.ndim == 0:
+            centred = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+        # The mean of equal rows is rounded; deviations from one of them are exactly 0.
+        first = rows[0].double()
+        moved = rows.double() - first
+        mean = moved.mean(0)
+        centred.addmm_(moved.sub_(mean).mT, moved)
+        means.append(first + mean)
+        counts.append(len(rows))
+    centre = torch.stack(means)
+    sizes = centre.new_tensor(counts)
+    return centred, centred + (centre.mT * sizes) @ centre, sizes @ centre
+
+
 def sum_of_rows(rows: Iterable[Tensor], weights: Iterable[Tensor] | None = None) -> Tensor:
     """``sum A^T w`` over matrices A.
 

@@ -56,7 +56,8 @@ class Objective:
         self.layout = model.layout(problem)
         self.ridge = model.ridge(problem)
         self.left = [LeftFactor.of(m, problem.dtype) for m in model.input_moments(problem)]
-        self.targets = torch.cat([batch.B.flatten(0, 1) for batch in problem.batches])
+        targets = [batch.B.flatten(0, 1) for batch in problem.batches]
+        self.targets = targets[0] if len(targets) == 1 else torch.cat(targets)
         weights = torch.cat([batch.weights.flatten() for batch in problem.batches])[:, None]
         self.weights = None if bool((weights == 1).all()) else weights
         self.target_norm_squared = problem.target_norm_squared or 1.0

@@ -31,7 +31,7 @@ from torch import Tensor
 from attnreg.arrays import Array, Arrays, Structure, as_number, dtype_name, join
 from attnreg.batching import Batch, Sequences, make_batches
 from attnreg.masks import Mask
-from attnreg.moments import gram, spread_and_size, sum_of_rows
+from attnreg.moments import gram, grams_about_means, spread_and_size, sum_of_rows
 from attnreg.packing import as_arguments, as_mask_argument, pack, unpack
 from attnreg.storage import content_digest, read_tensors, write_tensors
 from attnreg.validation import as_center, as_device, as_problem_sequences
@@ -212,10 +212,10 @@ class AttentionProblem:
             return self.gram_key
         return gram((b.A1 for b in self.batches), (b.weights for b in self.batches))
 
-    @cached_property
+    @property
     def gram_key(self) -> Tensor:
         """G2, the Gram matrix of A2: (d_key, d_key), float64."""
-        return gram(b.A2 for b in self.batches)
+        return self._key_moments[1]
 
     @cached_property
     def gram_value(self) -> Tensor:
@@ -231,28 +231,30 @@ class AttentionProblem:
             return self.sum_key
         return sum_of_rows((b.A1 for b in self.batches), (b.weights for b in self.batches))
 
-    @cached_property
+    @property
     def sum_key(self) -> Tensor:
         """The sum of the rows of A2: (d_key,), float64."""
-        return sum_of_rows(b.A2 for b in self.batches)  # padding is 0
+        return self._key_moments[2]
 
     @cached_property
     def sum_value(self) -> Tensor:
         """The sum of the rows of A3: (d_value,), float64."""
         if self._sequences.A3 is self._sequences.A2:
             return self.sum_key
-        return sum_of_rows(b.A3 for b in self.batches)
+        return sum_of_rows(b.A3 for b in self.batches)  # padding is 0
 
-    @cached_property
+    @property
     def gram_key_centered(self) -> Tensor:
         """G2 with each sequence's mean key subtracted: (d_key, d_key), float64.
 
         A constant added to a row of logits does not change the softmax, so that this is what it
         can see of the keys.
         """
-        # The mean of equal keys is rounded; deviations from one of them are exactly 0.
-        keys = (keys.double() - keys[:1].double() for keys in self._sequences.A2)
-        return gram(k - k.mean(0) for k in keys)
+        return self._key_moments[0]
+
+    @cached_property
+    def _key_moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        return grams_about_means(self._sequences.A2)
 
     @cached_property
     def _queries_are_keys(self) -> bool:

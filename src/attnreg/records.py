@@ -65,7 +65,8 @@ class IterationRecord:
         path: Weight of the regularisation path on the readout; 0 at its end.
         inner_iterations: Products of the linear solve of this iteration.
         passes: Attention passes since the fit began.
-        phase: ``"start"``, ``"screening"`` (on to the start that won a race), ``"path"`` (on to the
+        phase: ``"start"``, ``"search"`` (the best of many starts so far, iteration 0 still),
+            ``"screening"`` (on to the start that won a race), ``"path"`` (on to the
             path's beginning; the loss may rise), ``"best"`` (back to the best point left), or
             the curvature of the step: ``"gauss-newton"`` or ``"newton"``; ``"stochastic"`` is an
             epoch of mini-batches, its loss and gradient those that its steps saw.

@@ -74,6 +74,13 @@ class Descents:
         return float(values.min())
 
     @property
+    def leader(self) -> Tensor:
+        """The matrix that has it, ``(d_query, d_key)``; only where it is finite."""
+        last = self._last
+        values = torch.cat([self._values, self._at.value[last]])
+        return torch.cat([self._ends, self._x[last]])[int(values.argmin())]
+
+    @property
     def _last(self) -> Tensor:
         return self._stage == len(self._stages) - 1
 

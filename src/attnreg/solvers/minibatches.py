@@ -17,7 +17,7 @@ from attnreg.batching import Batch
 from attnreg.models import Features
 from attnreg.objective import Objective
 from attnreg.operations import product
-from attnreg.readout import gram64, scaled_inverse
+from attnreg.readout import scaled_inverse
 
 BATCH_ROWS = 512
 """Rows of a mini-batch, about: padding included, whole sequences, one at least."""
@@ -37,12 +37,15 @@ def minibatches(batches: Sequence[Batch]) -> list[Batch]:
     return parts
 
 
-def features_of(objective: Objective, batch: Batch, theta: Tensor) -> Features:
-    """Features of one mini-batch."""
+def features_of(
+    objective: Objective, batch: Batch, theta: Tensor, *, products: bool = True
+) -> Features:
+    """Features of one mini-batch; without ``products`` for their columns alone."""
     return Features(
         objective.problem,
         objective.model,
         theta,
+        products=products,
         operations=objective.operations,
         batches=[batch],
     )
@@ -98,19 +101,21 @@ class Pooled:
     def __init__(self, objective: Objective, batches: Sequence[Batch], theta: Tensor) -> None:
         self.objective, self.theta, self._batches = objective, theta, batches
         k = objective.layout.features + int(objective.layout.readout_bias)
-        gram = torch.zeros(k, k, dtype=torch.float64, device=theta.device)
-        right, square = gram.new_zeros(k, objective.problem.d_out), 0.0
+        out = objective.problem.d_out
+        both = torch.zeros(k, k + out, dtype=torch.float64, device=theta.device)
+        square = 0.0
         for batch in batches:
-            columns = features_of(objective, batch, theta).columns
-            targets, weights = batch.B.flatten(0, 1), batch.weights.reshape(-1, 1)
-            left = columns * weights
-            gram += gram64(left, columns)
-            right += gram64(left, targets)
-            square += float((targets.double().square() * weights).sum())
-            objective.operations.projections += product(columns.shape[0], k, k + targets.shape[1])
+            columns = features_of(objective, batch, theta, products=False).columns
+            rows = torch.cat([columns.double(), batch.B.flatten(0, 1).double()], dim=1)
+            left, targets = rows[:, :k], rows[:, k:]
+            weighted = left if objective.weights is None else left * batch.weights.reshape(-1, 1)
+            both.addmm_(weighted.mT, rows)
+            square += float((targets.square().sum(1) @ batch.weights.double().flatten()).item())
+            objective.operations.projections += product(len(rows), k, k + out)
         objective.count_passes(1)
         scale = self._scale(batches)
-        gram, right, square = gram * scale, right * scale, square * scale
+        gram, right = (both * scale).split([k, out], dim=1)
+        square *= scale
         self.readout, self.rank = self._solved(gram.clone(), right.clone())
         readout = self.readout.double()
         self.loss = square + float((readout * (gram @ readout - 2.0 * right)).sum())

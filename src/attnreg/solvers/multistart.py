@@ -27,9 +27,10 @@ from torch import Tensor
 
 from attnreg.kronecker import LeftFactor
 from attnreg.objective import Objective, Point
-from attnreg.records import Minima
+from attnreg.records import Minima, Status
 from attnreg.solvers.descents import Descents
 from attnreg.solvers.path import COLD, WARM
+from attnreg.solvers.run import Run, relative_gradient_norm
 from attnreg.solvers.stacked import Stack, numbers_per_start
 
 ROUNDS = 16
@@ -52,6 +53,10 @@ ZERO = 1e-11
 """A value in the same units below which nothing better is looked for; the ridge that stays in the
 last stage makes up about a tenth of it."""
 
+RECORDED = 0.99
+"""The best so far is recorded where it has fallen to this share of the last record, or has come to
+rest below it: a record costs a point of its own."""
+
 MAX_SIZE, MAX_NUMBERS, MAX_STATE = 1024, 1 << 26, 1 << 24
 """Parameters, and numbers that are formed for one start, up to which curvature is formed for many;
 numbers of the curvature matrices of all starts at a time, of which a step holds about five."""
@@ -66,12 +71,12 @@ class Found:
     Attributes:
         theta: The best end, flat; the start that was given where that is better.
         minima: What was found.
-        interrupted: Whether Ctrl-C ended the search.
+        ended: ``INTERRUPTED`` or ``STOPPED`` where that is what ended the search, else None.
     """
 
     theta: Tensor
     minima: Minima
-    interrupted: bool
+    ended: Status | None
 
 
 def multistart(
@@ -79,7 +84,7 @@ def multistart(
     theta: Tensor,
     starts: int,
     generator: torch.Generator,
-    out_of_time: Callable[[], bool],
+    run: Run,
     tell: Tell,
     stages: tuple[float, ...] = COLD,
 ) -> Found:
@@ -90,7 +95,8 @@ def multistart(
         theta: The start that was given, the first of all.
         starts: Number of starts.
         generator: Source of the others and of the reflections.
-        out_of_time: Asked before every step; a true answer ends the search.
+        run: Its clock is asked before every step; it is given a record whenever the best so far
+            has fallen, and where that is answered with a stop the search ends.
         tell: Called with a text, how far the search is, and the whole way.
         stages: The path of ``theta``; the others have :data:`.path.COLD`.
 
@@ -100,7 +106,7 @@ def multistart(
     Raises:
         ValueError: If the problem is too large for it.
     """
-    return _Search(objective, starts, generator, out_of_time, tell).run(theta, stages)
+    return _Search(objective, starts, generator, run, tell).run(theta, stages)
 
 
 class _Search:
@@ -111,11 +117,13 @@ class _Search:
         objective: Objective,
         starts: int,
         generator: torch.Generator,
-        out_of_time: Callable[[], bool],
+        run: Run,
         tell: Tell,
     ) -> None:
         self._objective, self._starts, self._generator = objective, starts, generator
-        self._out_of_time, self._tell = out_of_time, tell
+        self._run, self._tell = run, tell
+        self._ended: Status | None = None
+        self._recorded = self._last_seen = math.inf
         check_size(objective)
         self._stack = Stack(objective)
         problem = objective.problem
@@ -128,7 +136,6 @@ class _Search:
         self._rounds, self._island, self._stale = 0, 0, 0
 
     def run(self, theta: Tensor, stages: tuple[float, ...]) -> Found:
-        interrupted = False
         given, others = theta.double().view(1, *self._stack.shape), self._random()[1:]
         try:
             if stages == COLD:
@@ -136,14 +143,14 @@ class _Search:
             else:
                 self._descend(given, stages)
                 self._descend(others, COLD)
-            while self._rounds < ROUNDS and not self._out_of_time():
+            while self._rounds < ROUNDS and not self._over():
                 if self._best() <= ZERO * self._unit:
                     break
                 self._rounds += 1
                 self._next_round()
         except KeyboardInterrupt:
-            interrupted = True
-        return Found(self._better(theta), self._minima(), interrupted)
+            self._ended = Status.INTERRUPTED
+        return Found(self._better(theta), self._minima(), self._ended)
 
     def _next_round(self) -> None:
         """Reflections while they help, else other starts."""
@@ -172,18 +179,44 @@ class _Search:
     def _descend(self, x: Tensor, stages: tuple[float, ...]) -> None:
         group = max(1, MAX_STATE // (x[0].numel() ** 2))
         for part in x.split(group):
-            if self._out_of_time():
+            if self._over():
                 break
             descents = Descents(self._stack, part, stages, ZERO * self._unit)
             try:
-                while descents.running and not self._out_of_time():
+                while descents.running and not self._over():
                     descents.step(self._best())
+                    self._record(descents)
                     self._show(descents.running, descents.best)
             finally:  # after Ctrl-C too
                 values, ends, converged = descents.ends()
                 self._values = torch.cat([self._values, values])
                 self._ends = torch.cat([self._ends, ends])
                 self._converged = torch.cat([self._converged, converged])
+
+    def _over(self) -> bool:
+        return self._ended is not None or self._run.out_of_time()
+
+    def _record(self, descents: Descents) -> None:
+        """Hands out the best so far where it is news."""
+        best, rests = descents.best, descents.best >= self._last_seen
+        self._last_seen = min(best, self._last_seen)
+        if best >= self._recorded or not (rests or best <= RECORDED * self._recorded):
+            return
+        theta = descents.leader.flatten().to(self._objective.targets)
+        point = Point(self._objective, self._objective.features(theta))
+        status = self._run.report(
+            point,
+            relative_gradient_norm(point),
+            "search",
+            iterate=None,
+            damping=0.0,
+            path=0.0,
+            inner_iterations=0,
+            accepted=True,
+        )
+        self._recorded = best
+        if status is Status.STOPPED:
+            self._ended = status
 
     def _show(self, running: int, best: float) -> None:
         error = (max(0.0, min(best, self._best())) / self._unit) ** 0.5

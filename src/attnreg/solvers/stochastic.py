@@ -91,6 +91,7 @@ class Stochastic:
         passed, share = time.perf_counter() - entered, len(self._batches) / len(self._sample)
         self._metric = natural_metric(self._start)
         self._inputs = ScaledInputs(objective)
+        self._scaled = [self._inputs.batch(batch) for batch in self._batches]
         self._theta = self._inputs.enter(self._start.theta)
         self._readout = RunningReadout(objective, self._start.readout.clone())
         self._momentum = torch.zeros_like(self._theta)
@@ -150,7 +151,7 @@ class Stochastic:
         for i in torch.randperm(len(self._batches), generator=self._generator).tolist():
             if self._seconds_left() <= 0:
                 return Status.MAX_SECONDS
-            part, value = self._step(self._batches[i])
+            part, value = self._step(self._scaled[i])
             if not math.isfinite(value):
                 return Status.DIVERGED
             gradient += part
@@ -162,9 +163,13 @@ class Stochastic:
         return self._report(_Estimate(loss, loss + ridges), norm, "stochastic")
 
     def _step(self, batch: Batch) -> tuple[Tensor, float]:
-        """One step; the gradient and the loss that it was taken at."""
+        """One step on a mini-batch with scaled inputs.
+
+        Returns:
+            The gradient, and the loss that it was taken at.
+        """
         objective, factor = self._objective, self._factor()
-        features = features_of(objective, self._inputs.batch(batch), self._theta)
+        features = features_of(objective, batch, self._theta)
         self._readout.add(features.columns, batch, factor)
         readout = self._readout.value
         gradient, loss = partial_gradient(objective, batch, features, readout)
