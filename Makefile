@@ -69,8 +69,11 @@ bench-large: $(INSTALLED_BENCH)  ## its large layers and all planted cases (hour
 bench-all: $(INSTALLED_BENCH)  ## every other benchmark too, JSON in benchmarks/results/ (a day)
 	@$(BIN)/python -m benchmarks
 
-bench-gpu: $(INSTALLED_BENCH)  ## on a CUDA device: rates in float32, tf32 and bf16
+bench-gpu: $(INSTALLED_BENCH)  ## on a CUDA device: rates, and the large layers, in float32, tf32 and bf16
 	@$(BIN)/python -m benchmarks.roofline --device cuda
+	@for precision in float32 tf32 bf16; do \
+		$(BIN)/python -m benchmarks.large_layers --tier large --device cuda --precision $$precision || exit 1; \
+	done
 
 clean:  ## remove the virtual environment, caches and the demo's output
 	rm -rf $(VENV) demo-output build dist .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache

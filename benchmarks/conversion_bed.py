@@ -44,7 +44,7 @@ METHODS = ("mean", "first", "svd", "start", "adam", "ours", "adam+", "final")
 UNFITTED = ("mean", "first", "svd")
 TIMED = METHODS[4:]
 OURS = ("ours", "final")
-KEY = ("student", "method", "seconds_a_layer", "generated_tokens")
+KEY = ("student", "method", "seconds_a_layer", "generated_tokens", "seed")
 
 
 class NotApplicable(Exception):
@@ -119,7 +119,7 @@ def adam(
     rate: float,
     windows: int,
     seconds: float,
-    seed: int = 0,
+    seed: int,
 ) -> dict[str, Tensor]:
     """Adam on all weights for some seconds."""
     parts = [
@@ -145,7 +145,9 @@ def adam(
     return {name: value.detach() for name, value in weights.items()}
 
 
-def peer(method: str, seconds: float, rates: Sequence[float], windows: int) -> Callable[..., Any]:
+def peer(
+    method: str, seconds: float, rates: Sequence[float], windows: int, seed: int
+) -> Callable[..., Any]:
     """What takes the place of `fit_layer` for a method."""
     from attnreg.transformers import layer_fit
     from attnreg.transformers.starts import best_start, solve_readout, starts
@@ -166,7 +168,7 @@ def peer(method: str, seconds: float, rates: Sequence[float], windows: int) -> C
             return {best.name: init}
         found, own = {}, max(seconds - solve, seconds / 10)
         for rate in rates:
-            end = adam(problem, model, init, rate=rate, windows=windows, seconds=own)
+            end = adam(problem, model, init, rate=rate, windows=windows, seconds=own, seed=seed)
             found[f"rate {rate:g}"] = solve_readout(problem, model, end)[1]
         return found
 
@@ -196,7 +198,7 @@ def peer(method: str, seconds: float, rates: Sequence[float], windows: int) -> C
 # ---------------------------------------------------------------------- the rows
 
 
-def settings(bed: Bed, method: str, seconds: float, generate: int) -> dict[str, Any]:
+def settings(bed: Bed, method: str, seconds: float, generate: int, seed: int) -> dict[str, Any]:
     """Fields of `Options`; time bounds ours and the final pass, peers keep theirs themselves."""
     bound = seconds * bed.layers if method in TIMED[1:] else None
     steps = 10**6 if method in ("adam+", "final") else 0
@@ -205,21 +207,28 @@ def settings(bed: Bed, method: str, seconds: float, generate: int) -> dict[str, 
         "max_seconds": bound,
         "final_steps": steps,
         "generate": generate,
+        "seed": seed,
     }
 
 
 def measure(
-    bed: Bed, student: str, method: str, seconds: float, generate: int, rates: Sequence[float]
+    bed: Bed,
+    student: str,
+    method: str,
+    seconds: float,
+    generate: int,
+    seed: int,
+    rates: Sequence[float],
 ) -> dict[str, Any]:
     """One conversion and its scores."""
     from attnreg.transformers import stages
     from attnreg.transformers.convert import convert
 
-    task = bed.prepare(bed.students[student], settings(bed, method, seconds, generate))
+    task = bed.prepare(bed.students[student], settings(bed, method, seconds, generate, seed))
     fit_layer = stages.fit_layer
     if method not in OURS:
         own = seconds * stages.FIT_SHARE if method == "adam+" else seconds
-        fit_layer = peer(method.removesuffix("+"), own, rates, bed.windows)
+        fit_layer = peer(method.removesuffix("+"), own, rates, bed.windows, seed)
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "student"
         with mock.patch.object(stages, "fit_layer", fit_layer):
@@ -231,6 +240,8 @@ def measure(
         "method": method,
         "seconds_a_layer": seconds,
         "generated_tokens": generate,
+        "seed": seed,
+        "threads": torch.get_num_threads(),
         "rates": list(rates) if method.startswith("adam") else None,
         "seconds": done.seconds,
         **scores,
@@ -247,6 +258,7 @@ def arguments_of(bed: Bed, description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--seconds", nargs="+", type=float, default=list(bed.seconds))
     parser.add_argument("--rates", nargs="+", type=float, default=list(bed.rates), help="of Adam")
     parser.add_argument("--generate", type=int, default=bed.generate, metavar="TOKENS")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--resume", action="store_true", help="keep the rows of the last run")
     return parser
 
@@ -260,9 +272,10 @@ def run(bed: Bed, description: str | None, arguments: Sequence[str] | None) -> N
     rows: list[dict[str, Any]] = []
     if options.resume and path.is_file():
         rows = json.loads(path.read_text())["rows"]
-    known = {tuple(r[name] for name in KEY) for r in rows}
+    known = {tuple(r.get(name, 0) for name in KEY) for r in rows}  # older rows have no seed
     asked = [
-        (student, method, seconds, options.generate)
+        (student, method, seconds, options.generate, seed)
+        for seed in options.seeds
         for student in options.students
         for method in options.methods
         for seconds in (options.seconds if method in TIMED else [0.0])
@@ -283,7 +296,7 @@ def show(bed: Bed, rows: Sequence[Mapping[str, Any]]) -> None:
     """The rows as a table."""
     if not rows:
         return
-    common = (*KEY, "rates", "seconds")
+    common = (*KEY, "threads", "rates", "seconds")
     scores = [n for n in rows[0] if n not in (*common, "starts", "held_out_errors")]
     print_table(
         bed.title,
@@ -292,6 +305,8 @@ def show(bed: Bed, rows: Sequence[Mapping[str, Any]]) -> None:
             "method",
             "seconds a layer",
             "generated",
+            "seed",
+            "threads",
             "seconds",
             *(n.replace("_", " ") for n in scores),
         ),
@@ -301,6 +316,8 @@ def show(bed: Bed, rows: Sequence[Mapping[str, Any]]) -> None:
                 r["method"],
                 f"{r['seconds_a_layer']:g}",
                 f"{r['generated_tokens']}",
+                f"{r.get('seed', 0)}",
+                f"{r.get('threads', '-')}",
                 f"{r['seconds']:.0f}",
                 *(f"{r[name]:.4f}" for name in scores),
             )

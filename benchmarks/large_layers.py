@@ -14,6 +14,7 @@ attnreg is fitted anew for each of these fractions, since it is told its time be
 readouts are on the clock, and its seconds are those that it took.
 
     python -m benchmarks.large_layers --tier large
+    python -m benchmarks.large_layers --tier large --device cuda --precision tf32
 
 Rows in the results file that were made with the same settings on the same machine are kept: an
 interrupted run goes on with the same command. `--fresh` begins anew.
@@ -28,6 +29,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from attnreg.roofline.precision import PRECISIONS, check_precision, matmul_precision
+from attnreg.validation import usable_device
 from benchmarks import minilm
 from benchmarks.common import (
     Clock,
@@ -101,12 +106,13 @@ class Bed:
         return solve_readout(self._problem, STUDENT, weights)[1]
 
 
-def load_bed(number: int, tier: Tier) -> Bed:
-    """Captures a layer of the model on all texts."""
+def load_bed(number: int, tier: Tier, device: str = "cpu") -> Bed:
+    """Captures a layer of the model on all texts, on the CPU, and puts it on a device."""
     layer = load_layer(tier.sequences, tier.scored, tier.tokens, number)
     chunks = minilm.third_text(tier.tokens)[: tier.scored]
     inputs = minilm.layer_inputs(minilm.load_model(), number, chunks)
-    return Bed(layer, with_outputs(inputs.clone(), layer.weights))
+    third = with_outputs(inputs.clone(), layer.weights)
+    return Bed(layer.to(device), third.to(device))
 
 
 # ---------------------------------------------------------------------- rows
@@ -215,10 +221,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tier = Tier(**{**asdict(TIERS[options.tier]), **_given(options)})
     everybody, missing = installed(found())
     peers = [p for p in everybody if p.layers and (not options.only or options.only in p.name)]
-    path: Path = results_of("large_layers", options.tier)
+    path, elsewhere = _place(options)
     content: dict[str, Any] = {
         "machine": machine(),
         "setting": {"tier": options.tier, **asdict(tier), "layers": None, "dtype": "float32"}
+        | elsewhere
         | {"tried": {peer.name: [m.name for m in peer.layers] for peer in everybody}},
         "missing": missing,
         "not_run": {peer.name: peer.why_no_layers for peer in everybody if not peer.layers},
@@ -234,10 +241,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.minutes is not None and clock.seconds() > 60 * options.minutes:
             console.print(f"[yellow]{name} is left out: {options.minutes:g} min over[/yellow]")
             continue
-        bed = load_bed(number, tier)
+        bed = load_bed(number, tier, options.device)
         layer["start"] = bed.errors(bed.start)
         keep = lambda: write_json(path, content)  # noqa: E731
-        run_layer(name, bed, peers, tier, layer["rows"], keep)
+        with matmul_precision(options.precision, torch.device(options.device)):
+            run_layer(name, bed, peers, tier, layer["rows"], keep)
         layer["verdicts"] = verdicts(layer)
         keep()
         print_layer(name, layer)
@@ -265,6 +273,16 @@ def print_layer(name: str, layer: Mapping[str, Any]) -> None:
         )
 
 
+def _place(options: argparse.Namespace) -> tuple[Path, dict[str, str]]:
+    """The file of results, and what its settings say of device and precision if not the CPU's."""
+    if (options.device, options.precision) == ("cpu", "float32"):
+        return results_of("large_layers", options.tier), {}
+    on_gpu = options.device.startswith("cuda")
+    name = torch.cuda.get_device_name(options.device) if on_gpu else options.device
+    tier = f"{options.tier}-{options.device.split(':')[0]}-{options.precision}"
+    return results_of("large_layers", tier), {"device": name, "precision": options.precision}
+
+
 def _given(options: argparse.Namespace) -> dict[str, Any]:
     names = ("layers", "sequences", "scored", "seconds")
     return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
@@ -280,7 +298,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="no layer is begun after that")
     parser.add_argument("--only", help="only peers whose name contains this")
     parser.add_argument("--fresh", action="store_true", help="keep nothing of the results file")
+    parser.add_argument("--device", default="cpu", help="such as cuda")
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of products")
     options = parse(parser, arguments)
+    try:
+        check_precision(options.precision, torch.float32, usable_device(options.device))
+    except ValueError as error:
+        parser.error(str(error))
     if options.quick:
         options.tier, options.fresh = "quick", True
     return options

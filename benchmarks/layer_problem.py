@@ -45,6 +45,10 @@ class Data:
         """See `peers.base.Problem.attention`."""
         return AttentionProblem(self.A, self.B)
 
+    def to(self, device: str) -> Data:
+        """The same on another device."""
+        return Data(self.A.to(device), self.B.to(device), self.model)
+
     @cached_property
     def spread(self) -> float:
         """||B - column mean||_F^2."""
@@ -60,6 +64,14 @@ class Layer:
     held_out: Data
     pooled: dict[str, Tensor]
     weights: dict[str, Tensor]
+
+    def to(self, device: str) -> Layer:
+        """The same on another device."""
+        pooled, weights = (
+            {name: value.to(device) for name, value in part.items()}
+            for part in (self.pooled, self.weights)
+        )
+        return Layer(self.train.to(device), self.held_out.to(device), pooled, weights)
 
 
 def relative_error(weights: Mapping[str, Tensor], data: Data) -> float:

@@ -1,5 +1,6 @@
 """The public table: peers are found, files resumed, profiles right, Markdown as the JSON says."""
 
+import argparse
 import contextlib
 import json
 import math
@@ -9,7 +10,7 @@ import torch
 
 from benchmarks import common, large_layers, planted_suite, profiles, table
 from benchmarks.common import Clock
-from benchmarks.layer_problem import Data
+from benchmarks.layer_problem import Data, Layer
 from benchmarks.peers import OURS, Peer, PlantedArrays, Trace, base, found, installed, run
 from benchmarks.peers.adam import Adam
 from benchmarks.peers.lbfgs import LBFGS
@@ -362,3 +363,39 @@ def test_pictures_are_drawn(tmp_path):
     profiles.draw_layers(_layers(), tmp_path / "layers.png")
     for name in ("suite.png", "layers.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+# ---------------------------------------------------------------------- other devices
+
+
+def test_another_device_or_precision_has_a_file_of_its_own():
+    options = argparse.Namespace(device="cpu", precision="float32", tier="bench")
+    path, facts = large_layers._place(options)
+    assert (path.name, facts) == ("large_layers.json", {})
+    options.precision = "bf16"
+    path, facts = large_layers._place(options)
+    assert path.name == "large_layers-bench-cpu-bf16.json"
+    assert facts == {"device": "cpu", "precision": "bf16"}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--device", "nowhere"], "device 'nowhere' cannot be used"),
+        (["--precision", "tf32"], "precision tf32 needs a CUDA device"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(given, said, capsys):
+    with pytest.raises(SystemExit) as error:
+        large_layers.main([*given, "--quick"])
+    assert error.value.code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_layer_goes_to_another_device_whole():
+    data, start = _layer()
+    layer = Layer(data, data, start, start).to("meta")
+    tensors = [layer.train.A, layer.train.B, layer.held_out.A, layer.held_out.B]
+    tensors += [*layer.pooled.values(), *layer.weights.values()]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert layer.train.model == data.model
