@@ -17,6 +17,7 @@ same targets, and differs only in how a layer is fitted:
 Seconds a layer are those of one fit (adam: of one rate, so that it is given four times as long);
 the last two share the same time in all between fits and final pass. Everybody has the same data:
 the text, and with `--generate` tokens that the original itself has written.
+With `--resume` rows are added to the file, by several runs side by side if wanted.
 Where the groups cannot be of neighbours, the first three take those of alike heads; a row that a
 student's sizes do not allow is left out, and why is printed.
 """
@@ -269,10 +270,8 @@ def run(bed: Bed, description: str | None, arguments: Sequence[str] | None) -> N
     if options.quick:
         options.students, options.seconds = options.students[:1], [1.0]
     path = RESULTS / f"{bed.name}{'-quick' if options.quick else ''}.json"
-    rows: list[dict[str, Any]] = []
-    if options.resume and path.is_file():
-        rows = json.loads(path.read_text())["rows"]
-    known = {tuple(r.get(name, 0) for name in KEY) for r in rows}  # older rows have no seed
+    rows = merged(path, []) if options.resume else []
+    known = {key_of(row) for row in rows}
     asked = [
         (student, method, seconds, options.generate, seed)
         for seed in options.seeds
@@ -288,8 +287,22 @@ def run(bed: Bed, description: str | None, arguments: Sequence[str] | None) -> N
         except NotApplicable as reason:
             console.print(f"{key[0]}, {key[1]} left out: {reason}")
             continue
+        if options.resume:
+            rows = merged(path, rows)
         save(bed.name, {"machine": machine(), **bed.facts, "rows": rows}, quick=options.quick)
     show(bed, rows)
+
+
+def merged(path: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a file, which others may have added to meanwhile, and those that it has not."""
+    before = json.loads(path.read_text())["rows"] if path.is_file() else []
+    there = {key_of(row) for row in before}
+    return [*before, *(row for row in rows if key_of(row) not in there)]
+
+
+def key_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells rows apart; older ones have no seed, which was 0."""
+    return tuple(row.get(name, 0) for name in KEY)
 
 
 def show(bed: Bed, rows: Sequence[Mapping[str, Any]]) -> None:

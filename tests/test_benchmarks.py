@@ -145,25 +145,40 @@ def test_conversion_rows_are_kept_and_left_out(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     asked = []
 
-    def measure(bed, student, method, seconds, generate, rates):
-        asked.append((student, method, seconds, generate))
+    def measure(bed, student, method, seconds, generate, seed, rates):
+        asked.append((student, method, seconds, generate, seed))
         if method == "svd":
             raise conversion_bed.NotApplicable("no such start")
         return dict(zip(conversion_bed.KEY, asked[-1], strict=True)) | {"seconds": 1.0}
 
+    path = tmp_path / "tiny.json"
     monkeypatch.setattr(conversion_bed, "measure", measure)
     conversion_bed.run(_bed([]), None, ["--methods", "mean", "svd"])
-    assert asked == [("a", "mean", 0.0, 5), ("a", "svd", 0.0, 5)]
+    assert asked == [("a", "mean", 0.0, 5, 0), ("a", "svd", 0.0, 5, 0)]
     assert "a, svd left out: no such start" in lines
     asked.clear()
     conversion_bed.run(_bed([]), None, ["--methods", "mean", "ours", "--resume"])
-    assert asked == [("a", "ours", 3.0, 5)]
+    assert asked == [("a", "ours", 3.0, 5, 0)]
+    asked.clear()
+    seeds = ["--seeds", "0", "1"]
+    conversion_bed.run(_bed([]), None, ["--methods", "ours", "--resume", *seeds])
+    assert asked == [("a", "ours", 3.0, 5, 1)]
     asked.clear()
     conversion_bed.run(_bed([]), None, ["--methods", "ours", "--resume", "--generate", "0"])
-    assert asked == [("a", "ours", 3.0, 0)]
-    written = json.loads((tmp_path / "tiny.json").read_text())
+    assert asked == [("a", "ours", 3.0, 0, 0)]
+    written = json.loads(path.read_text())
     assert written["known"] == 1
-    assert [row["method"] for row in written["rows"]] == ["mean", "ours", "ours"]
+    assert [row["method"] for row in written["rows"]] == ["mean", "ours", "ours", "ours"]
+
+
+def test_conversion_rows_of_runs_side_by_side_are_all_kept(tmp_path):
+    path = tmp_path / "tiny.json"
+    own = dict(zip(conversion_bed.KEY, ("a", "ours", 3.0, 5, 1), strict=True))
+    older = {name: own[name] for name in conversion_bed.KEY[:-1]}  # of seed 0
+    assert conversion_bed.merged(path, [own]) == [own]
+    path.write_text(json.dumps({"rows": [older]}))
+    assert conversion_bed.merged(path, [own]) == [older, own]
+    assert conversion_bed.merged(path, [own, {**older, "seed": 0}]) == [older, own]
 
 
 @pytest.mark.parametrize(
@@ -171,10 +186,10 @@ def test_conversion_rows_are_kept_and_left_out(tmp_path, monkeypatch):
     [("adam", None, False), ("ours", 6.0, False), ("adam+", 6.0, True), ("final", 6.0, True)],
 )
 def test_the_clock_bounds_ours_for_all_layers(method, bound, final):
-    fields = conversion_bed.settings(_bed([]), method, 3.0, 5)
+    fields = conversion_bed.settings(_bed([]), method, 3.0, 5, 7)
     assert fields["max_seconds"] == bound
     assert (fields["final_steps"] > 0) == final
-    assert fields["generate"] == 5
+    assert (fields["generate"], fields["seed"]) == (5, 7)
 
 
 def test_multimodal_cases_with_and_without_the_peer():
