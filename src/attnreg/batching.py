@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from attnreg.masks import hidden_keys
+
 MAX_PADDING = 1.25
 """Bound of padded over true area of a batch, in rows and in attention entries."""
 
@@ -86,6 +88,7 @@ class Batch:
         index: Positions of the sequences in the problem.
         lengths: Numbers of queries and keys of each sequence without padding.
         window: How many keys a query sees where the mask is causal; None for all up to its own.
+        rows: Positions of the queries in their sequences (n,); None: 0 to n - 1.
     """
 
     A1: Tensor
@@ -98,6 +101,7 @@ class Batch:
     index: tuple[int, ...]
     lengths: tuple[tuple[int, int], ...]
     window: int | None = None
+    rows: Tensor | None = None
 
     def part(self, first: int, last: int) -> Batch:
         """The sequences ``first:last`` of the batch, as views."""
@@ -116,6 +120,40 @@ class Batch:
             bias=bias,
             index=self.index[own],
             lengths=self.lengths[own],
+        )
+
+    def every(self, step: int, first: int) -> Batch:
+        """Every ``step``-th query of a batch that has all of them, with all keys.
+
+        Weights are ``step`` times as large: over a random ``first`` the mean is the whole batch.
+
+        Args:
+            step: 1 gives the batch itself.
+            first: The first query, below ``step``.
+
+        Returns:
+            The queries as views; a causal mask is written out.
+        """
+        if step == 1:
+            return self
+        own = slice(first, None, step)
+        bias = self.bias if self.bias is None or self.bias.shape[1] == 1 else self.bias[:, own]
+        rows = torch.arange(self.A1.shape[1], device=self.A1.device)[own]
+        if self.causal:
+            keys = torch.arange(self.A2.shape[1], device=self.A1.device)
+            hidden = hidden_keys(rows, keys, self.window)
+            unseen = self.A1.new_zeros(1, *hidden.shape).masked_fill_(hidden, -math.inf)
+            bias = unseen if bias is None else bias + unseen
+        return replace(
+            self,
+            A1=self.A1[:, own],
+            B=self.B[:, own],
+            weights=self.weights[:, own] * step,
+            bias=bias,
+            causal=False,
+            window=None,
+            lengths=tuple((len(range(first, n, step)), m) for n, m in self.lengths),
+            rows=rows,
         )
 
 

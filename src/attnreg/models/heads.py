@@ -82,12 +82,12 @@ class HeadMap:
     Attributes:
         width: Of a query or key head.
         norms: Those of queries and keys, or None.
-        rotation: Of both, or None.
+        rotations: Those of queries and keys, or None.
     """
 
     width: int
     norms: tuple[HeadNorm, HeadNorm] | None
-    rotation: Rotation | None
+    rotations: tuple[Rotation, Rotation] | None
 
     @property
     def curved(self) -> bool:
@@ -100,7 +100,7 @@ class HeadMap:
         assert keys is not None
         if self.norms is not None:
             queries, keys = (norm.rows for norm in self.norms)
-        return self._turned(queries), self._turned(keys), values
+        return *self._turned(queries, keys), values
 
     def jvp(self, change: Rows) -> Rows:
         """Change of what :meth:`apply` gives."""
@@ -108,7 +108,7 @@ class HeadMap:
         assert dk is not None
         if self.norms is not None:
             dq, dk = self.norms[0].jvp(dq), self.norms[1].jvp(dk)
-        return self._turned(dq), self._turned(dk), dv
+        return *self._turned(dq, dk), dv
 
     def vjp(self, gradients: Rows) -> Rows:
         """Gradients by what :meth:`apply` was given."""
@@ -140,13 +140,16 @@ class HeadMap:
             hk = self.norms[1].vjp_derivative(dk, gk, hk)
         return hq, hk, hv
 
-    def _turned(self, rows: Tensor) -> Tensor:
-        return rows if self.rotation is None else self.rotation.apply(rows, self.width)
+    def _turned(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        if self.rotations is None:
+            return queries, keys
+        query, key = self.rotations
+        return query.apply(queries, self.width), key.apply(keys, self.width)
 
     def _turned_back(self, gradients: Rows) -> Rows:
         gq, gk, gv = gradients
-        if self.rotation is not None:
+        if self.rotations is not None:
             assert gk is not None
-            gq = self.rotation.transpose(gq, self.width)
-            gk = self.rotation.transpose(gk, self.width)
+            query, key = self.rotations
+            gq, gk = query.transpose(gq, self.width), key.transpose(gk, self.width)
         return gq, gk, gv

@@ -240,10 +240,11 @@ class MultiHead(Model):
                 HeadNorm(queries, scale * theta[3][0], scale**2 * self.norm_eps),
                 HeadNorm(keys, theta[4][0], self.norm_eps),
             )
-        turn = None
-        if self.rotary is not None:
-            turn = rotation(self.rotary, batch.A1.shape[1], problem.dtype, problem.device)
-        return HeadMap(self._widths(problem)[0], norms, turn)
+        turns = None
+        if self.rotary is not None:  # as many queries as keys, unless only some rows are here
+            turn = rotation(self.rotary, batch.A2.shape[1], problem.dtype, problem.device)
+            turns = (turn if batch.rows is None else turn.at(batch.rows), turn)
+        return HeadMap(self._widths(problem)[0], norms, turns)
 
     def pull_back(
         self,

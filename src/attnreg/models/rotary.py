@@ -9,6 +9,7 @@ transpose, ``c_p o x - s_p o J x``.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Sequence
@@ -79,6 +80,12 @@ class Rotation:
         cosine, sine = (rotary.factor * table[:, None] for table in (angle.cos(), angle.sin()))
         self._cosine = cosine.to(device, dtype)  # (length, 1, pairs)
         self._sine = sine.to(device, dtype)
+
+    def at(self, positions: Tensor) -> Rotation:
+        """The rotation at some of the positions, ``(n,)``."""
+        some = copy.copy(self)
+        some._cosine, some._sine = self._cosine[positions], self._sine[positions]
+        return some
 
     def apply(self, rows: Tensor, width: int) -> Tensor:
         """``R_p x`` for every head.

@@ -25,7 +25,7 @@ WINDOW, LONGEST = 33, 50.0
 """Rows a column in the window at the full rate, and how many times more at the end at most."""
 
 DAMPING = 3e-2
-EVERY = 3
+EVERY = 6
 
 
 class RunningReadout:

@@ -1,8 +1,9 @@
 r"""Mini-batches, for data with many residuals a parameter.
 
 There one gradient over all rows says little more than one over a few sequences, and a curvature
-product costs as much as several of them. So the loop takes steps on mini-batches of whole
-sequences, with the closed-form gradient of this package at a readout that is solved all along::
+product costs as much as several of them. So the loop takes steps on mini-batches, some rows of some
+sequences and all of their keys (:mod:`.minibatches`), with the closed-form gradient of this package
+at a readout that is solved all along::
 
     features F_b, readout O of the last mini-batches    (:mod:`.running_readout`)
     gradient  g = 2 vjp(W_b r_b O_F^T) + ridges',    M <- MOMENTUM M + (1 - MOMENTUM) g
@@ -15,7 +16,8 @@ time of the end is set aside from a bound on the seconds, estimated from that of
 The root mean square of a step is :data:`RATE` times that of the block at the start: the largest
 singular value of a head changes by about the same share whatever its width and the data's scale.
 It rises over :data:`WARM_UP` steps and falls to zero along a line at the bound of the
-run, by iterations or by time, whichever is nearer. An iteration is one epoch: all sequences once.
+run, by iterations or by time, whichever is nearer. An iteration is one epoch: all sequences once,
+of longer ones some of the rows.
 Heuristic: the rate, the powers and the size of the mini-batches, measured on real layers.
 """
 
@@ -41,6 +43,7 @@ from attnreg.solvers.minibatches import (
     minibatches,
     partial_gradient,
     spread,
+    stride,
 )
 from attnreg.solvers.run import Outcome, Run, Settings, relative_gradient_norm
 from attnreg.solvers.running_readout import RunningReadout
@@ -100,7 +103,7 @@ class Stochastic:
         self._scales = [self._inputs.scales(block) for block in self._fitted]
         starts = split_blocks(self._start.theta, blocks)
         self._rates = [RATE * (_size(w) or w.shape[0] ** -0.5) for w in starts]
-        self._steps, self._began = 0, time.perf_counter()
+        self._steps, self._rows, self._began = 0, 0, time.perf_counter()
         whole = share if share > 1 else 0.0  # where the sample is not all rows already
         self._reserve = (1 + whole) * passed
 
@@ -151,16 +154,25 @@ class Stochastic:
         for i in torch.randperm(len(self._batches), generator=self._generator).tolist():
             if self._seconds_left() <= 0:
                 return Status.MAX_SECONDS
-            part, value = self._step(self._scaled[i])
+            part, value = self._step(self._rows_of(self._scaled[i]))
             if not math.isfinite(value):
                 return Status.DIVERGED
             gradient += part
             loss += value
+        # Forward and back, in passes over all rows; what is left of one counts later.
+        passes, self._rows = divmod(self._rows, self._objective.targets.shape[0])
+        self._objective.count_passes(2 * passes)
         norm = self._metric.dual_norm(self._inputs.gradient(gradient))
         norm /= self._objective.target_norm_squared
         theta, readout = self._inputs.leave(self._theta), self._readout.value
         ridges = self._objective.ridge_value(theta, readout)
         return self._report(_Estimate(loss, loss + ridges), norm, "stochastic")
+
+    def _rows_of(self, batch: Batch) -> Batch:
+        """The rows that a step reads, from a random one on."""
+        step = stride(batch)
+        first = int(torch.randint(step, (), generator=self._generator))
+        return batch.every(step, first)
 
     def _step(self, batch: Batch) -> tuple[Tensor, float]:
         """One step on a mini-batch with scaled inputs.
@@ -177,9 +189,7 @@ class Stochastic:
         self._add_ridge(gradient, share)
         if math.isfinite(loss):
             self._move(gradient, factor)
-        # Shares of a pass over all rows, rounded once an epoch: forward and back.
-        if self._steps % len(self._batches) == 0:
-            objective.count_passes(2)
+        self._rows += batch.weights.numel()
         self._steps += 1
         return gradient, loss
 
