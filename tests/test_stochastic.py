@@ -8,7 +8,7 @@ import torch
 import attnreg
 from attnreg.objective import Objective, Point
 from attnreg.records import Status
-from attnreg.solvers import choice, minibatches, stochastic
+from attnreg.solvers import choice, minibatches, rounds, stochastic
 from attnreg.solvers.minibatches import Pooled
 from attnreg.solvers.minibatches import minibatches as cut
 from attnreg.solvers.run import Settings
@@ -219,12 +219,13 @@ def test_auto_goes_from_mini_batches_to_curvature():
     assert result.solver == "trust-region"
     phases = [record.phase for record in result.history]
     last = max(i for i, phase in enumerate(phases) if phase == "stochastic")
-    assert phases.count("stochastic") == choice.EPOCHS
+    epochs = phases.count("stochastic")
+    assert epochs in (6, 18, 42, 90)  # rounds of 6, 12, 24 and 48
     assert set(phases[last + 1 :]) & {"gauss-newton", "newton"}
     numbers = [record.iteration for record in result.history]
     assert numbers == sorted(numbers)
     assert any("residuals a parameter, at least 20" in note for note in result.notes)
-    assert any("went on after 12 epochs" in note for note in result.notes)
+    assert any(f"went on after {epochs} epochs of mini-batches" in n for n in result.notes)
     few = attnreg.fit(problem, MODEL, init=start, solver="auto", max_iterations=2)
     timed = attnreg.fit(
         problem, MODEL, init=start, solver="auto", max_seconds=1.0, max_iterations=15
@@ -232,6 +233,24 @@ def test_auto_goes_from_mini_batches_to_curvature():
     for short in (few, timed):
         assert short.solver == "stochastic"
         assert {record.phase for record in short.history[1:]} == {"stochastic"}
+
+
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize(("pays", "epochs"), [(1.0, [6]), (-1.0, [6, 12, 2])])
+def test_rounds_of_mini_batches_go_on_while_they_pay(monkeypatch, pays, epochs):
+    """At 1 no round pays; at -1 all do, until the iterations are over."""
+    monkeypatch.setattr(rounds, "PAYS", pays)
+    problem, start = planted(lengths=(12,) * 150)
+    result = attnreg.fit(problem, MODEL, init=start, solver="auto", tol=1e-12, max_iterations=20)
+    phases = [record.phase for record in result.history]
+    starts = [i for i, phase in enumerate(phases) if phase == "start"]
+    found = [phases[i:].index("start", 1) - 1 for i in starts[:-1]]
+    found += [len(phases) - starts[-1] - 1]
+    assert found[: len(epochs)] == epochs
+    assert (result.solver == "trust-region") == (pays == 1.0)
+    assert result.history[-1].iteration == 20
+    ends = [result.history[i].loss for i in starts]
+    assert ends == sorted(ends, reverse=True)
 
 
 def test_auto_takes_curvature_where_data_are_scarce_or_the_model_bilinear():

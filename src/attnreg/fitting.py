@@ -18,9 +18,10 @@ from attnreg.progress import ProgressDisplay
 from attnreg.records import IterationRecord, Status
 from attnreg.result import FitResult
 from attnreg.solvers.approximate_newton import MAX_DENSE_SIZE, ApproximateNewton
-from attnreg.solvers.choice import EPOCHS, chosen
+from attnreg.solvers.choice import chosen
 from attnreg.solvers.multistart import multistart
 from attnreg.solvers.path import WARM, stages_for
+from attnreg.solvers.rounds import rounds_then_curvature
 from attnreg.solvers.run import Outcome, Run, Settings
 from attnreg.solvers.stochastic import Stochastic
 from attnreg.solvers.trust_region import TrustRegion
@@ -66,8 +67,9 @@ def fit(
             the same by conjugate gradients in the natural metric. The last two are for
             :class:`Bilinear` with both ridges, and descend from the start with constant forcing:
             no path and no other starts. ``"auto"`` takes mini-batches for a layer with at least
-            20 residuals a parameter: for all of ``max_seconds``, or, without it, for 12 epochs
-            after which ``"trust-region"`` goes on from there; and ``"trust-region"`` for all else.
+            20 residuals a parameter: for all of ``max_seconds``, or, without it, in rounds twice
+            as long each time until one gains less than a twentieth, after which ``"trust-region"``
+            goes on from there; and ``"trust-region"`` for all else.
             A note of the result says which and why, and the history's phases show it.
         init: Named parameters to start from, or a result to continue. A start whose readout
             (``Y``, or ``W_O`` and ``b_O``) is zero is led in by the regularisation path; for
@@ -155,19 +157,14 @@ def fit(
         if solver == "trust-region":
             outcome = TrustRegion(objective, theta, settings, generator, observe, began).run()
         elif solver == "stochastic":
-            goes_on = automatic and max_seconds is None and max_iterations > EPOCHS
-            bounds = replace(settings, max_iterations=EPOCHS) if goes_on else settings
-            outcome = Stochastic(objective, theta, bounds, generator, observe, began).run()
-            if goes_on and outcome.status is Status.MAX_ITERATIONS:
-                bounds = replace(settings, max_iterations=max_iterations - EPOCHS)
-                reasons += (f"'trust-region' went on after {EPOCHS} epochs of mini-batches",)
-
-                def later(record: IterationRecord) -> bool | None:
-                    return observe(replace(record, iteration=record.iteration + EPOCHS))
-
-                theta = outcome.point.theta
-                outcome = TrustRegion(objective, theta, bounds, generator, later, began).run()
-                solver = "trust-region"
+            if automatic and max_seconds is None:
+                outcome, switched = rounds_then_curvature(
+                    objective, theta, settings, generator, observe, began
+                )
+                if switched is not None:
+                    reasons, solver = (*reasons, switched), "trust-region"
+            else:
+                outcome = Stochastic(objective, theta, settings, generator, observe, began).run()
         else:
             source = generator if solver == "newton-sketch" else None
             loop = ApproximateNewton(objective, theta, settings, observe, began, source)

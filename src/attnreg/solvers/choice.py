@@ -9,10 +9,6 @@ REDUNDANT = 20
 """Residuals a parameter from which mini-batches fit faster than curvature does: real layers with
 130 were fitted sooner by mini-batches, one with 2.7 by curvature."""
 
-EPOCHS = 12
-"""Of mini-batches before curvature goes on, where no time is given. A guess from curves: two layers
-with 130 residuals a parameter had nine tenths of what mini-batches gain after 9 epochs."""
-
 
 def solver_for(residuals: int, weights: int) -> str:
     """``"stochastic"`` where there are many residuals a weight, else ``"trust-region"``."""

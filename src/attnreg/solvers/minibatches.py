@@ -1,4 +1,4 @@
-"""Mini-batches of whole sequences, the gradient on one, and the reduced objective over all.
+"""Mini-batches of sequences, the gradient on one, and the reduced objective over all.
 
 Everything here holds the features of one mini-batch at a time: they stay in the processor's
 caches, and memory does not grow with the data.
@@ -20,8 +20,8 @@ from attnreg.operations import product
 from attnreg.readout import scaled_inverse
 
 BATCH_ROWS = 512
-"""Rows of a mini-batch, about: padding included, whole sequences, one at least. With ``k`` the
-:func:`stride` a step reads one in ``k`` of ``sqrt(k)`` times as many."""
+"""Rows of a mini-batch, about, padding included: whole sequences, one at least. Where a step reads
+one row in ``k`` (:func:`stride`), it is cut from ``sqrt(k)`` times as many."""
 
 ROWS = 3.0
 """Rows of a sequence that a step reads, in units of the root of its length. The rows of a sequence
@@ -35,9 +35,9 @@ SAMPLE_ROWS = 8192
 """Rows from which a start and a gradient are estimated, about."""
 
 
-def stride(batch: Batch) -> int:
+def stride(length: int) -> int:
     """One in how many rows of a sequence a step reads."""
-    return max(1, round(batch.B.shape[1] ** 0.5 / ROWS))
+    return max(1, round(length**0.5 / ROWS))
 
 
 def minibatches(batches: Sequence[Batch]) -> list[Batch]:
@@ -45,7 +45,7 @@ def minibatches(batches: Sequence[Batch]) -> list[Batch]:
     parts = []
     for batch in batches:
         sequences, rows = batch.B.shape[:2]
-        count = max(1, round(sequences * rows / (BATCH_ROWS * stride(batch) ** 0.5)))
+        count = max(1, round(sequences * rows / (BATCH_ROWS * stride(rows) ** 0.5)))
         bounds = [sequences * i // count for i in range(count + 1)]
         parts += [batch.part(i, j) for i, j in itertools.pairwise(bounds) if j > i]
     return parts

@@ -10,7 +10,8 @@ at a readout that is solved all along::
     step      polar factors of (1 - MOMENTUM) g + MOMENTUM M, head by head, in coordinates
               scaled by the inputs' second moment    (:mod:`.steepest`)
 
-At both ends the readout is exact: at the start over a sample of the rows, at the end over all. The
+The inputs in scaled coordinates are made once and kept, which takes their memory a second time. At
+both ends the readout is exact: at the start over a sample of the rows, at the end over all. The
 time of the end is set aside from a bound on the seconds, estimated from that of the start.
 
 The root mean square of a step is :data:`RATE` times that of the block at the start: the largest
@@ -170,7 +171,7 @@ class Stochastic:
 
     def _rows_of(self, batch: Batch) -> Batch:
         """The rows that a step reads, from a random one on."""
-        step = stride(batch)
+        step = stride(batch.B.shape[1])
         first = int(torch.randint(step, (), generator=self._generator))
         return batch.every(step, first)
 

@@ -9,12 +9,16 @@ from dataclasses import dataclass
 import torch
 
 from attnreg.solvers.choice import solver_for
+from attnreg.solvers.minibatches import stride
 from attnreg.transformers.final_pass import STEP_TOKENS
 from attnreg.transformers.shapes import AttentionShape
 from attnreg.transformers.task import Task, whole_model_bytes
 
 PRODUCTS = 20
 """Products with the curvature in an iteration, about; each is a JVP and a VJP."""
+
+KEYS = 0.16
+"""What a key of a mini-batch costs, in units of a row, about."""
 
 PASSES = 4
 """Passes of the model over the text in a pass over the layers: both models, some parts twice."""
@@ -66,8 +70,9 @@ def estimate(task: Task) -> Estimate:
         if group.changed:
             residuals = count * fitted * group.student.width
             size = sum(math.prod(s) for s in group.student.weights().values())
-            # An epoch of mini-batches is one pass forward and one back.
-            products = 1 if solver_for(residuals, size) == "stochastic" else PRODUCTS
+            # An epoch of mini-batches is one pass forward and one back, by some of the rows.
+            epoch = (KEYS + 1 / stride(length)) / (KEYS + 1)
+            products = epoch if solver_for(residuals, size) == "stochastic" else PRODUCTS
             products = task.options.max_iterations * products * 4 + 20  # 20: the starts
             fits += products * count * fitted * _work(group.student, length) / rate
     steps, vocabulary = task.final_steps, task.checkpoint.config.vocab_size

@@ -1,0 +1,80 @@
+"""Mini-batches where no time is given: in rounds while they pay, then curvature over all rows.
+
+The rate of mini-batches falls to zero at the end of a run, which has to be known beforehand. So
+they run in rounds, the first of :data:`FIRST` epochs and each later one twice as long, from where
+the one before ended. After each the objective is known over all rows: once a round has lowered it
+by less than :data:`PAYS`, the ordinary loop goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from attnreg.objective import Objective
+from attnreg.records import IterationRecord, Status
+from attnreg.solvers.run import Outcome, Settings
+from attnreg.solvers.stochastic import Stochastic
+from attnreg.solvers.trust_region import TrustRegion
+
+FIRST = 6
+"""Epochs of the first round."""
+
+PAYS = 0.05
+"""Share of the objective that a round gains where another one follows."""
+
+Observe = Callable[[IterationRecord], bool | None]
+
+
+def rounds_then_curvature(
+    objective: Objective,
+    theta: Tensor,
+    settings: Settings,
+    generator: torch.Generator,
+    observe: Observe,
+    began: float,
+) -> tuple[Outcome, str | None]:
+    """Runs rounds of mini-batches, and the trust region once a round has gained little.
+
+    Args:
+        objective: What is minimised.
+        theta: Start.
+        settings: What bounds both together, by iterations.
+        generator: Source of everything random.
+        observe: Called with each record, iterations counted on.
+        began: ``time.perf_counter()`` from which seconds are counted.
+
+    Returns:
+        Where it ended, and why curvature went on; None where it did not.
+    """
+    done, epochs = 0, FIRST
+    records: list[IterationRecord] = []
+
+    def counted(record: IterationRecord) -> bool | None:
+        records.append(replace(record, iteration=record.iteration + done))
+        return observe(records[-1])
+
+    def left(bound: int) -> Settings:
+        return replace(settings, max_iterations=min(bound, settings.max_iterations - done))
+
+    before = None
+    while True:
+        outcome = Stochastic(objective, theta, left(epochs), generator, counted, began).run()
+        before = records[0].regularised if before is None else before
+        theta, value = outcome.point.theta, outcome.point.regularised
+        last, done = records[-1].iteration - done, records[-1].iteration
+        if outcome.status is not Status.MAX_ITERATIONS or done >= settings.max_iterations:
+            return outcome, None
+        if value >= (1 - PAYS) * before:
+            break
+        before, epochs = value, 2 * epochs
+    gain = f"{1 - value / before:.1%}" if before > 0.0 else "nothing"
+    reason = (
+        f"'trust-region' went on after {done} epochs of mini-batches: the last {last} lowered the "
+        f"objective by {gain}"
+    )
+    bounds = left(settings.max_iterations)
+    return TrustRegion(objective, theta, bounds, generator, counted, began).run(), reason
