@@ -186,16 +186,20 @@ def _sketch(content: dict[str, Any]) -> list[str]:
 
 
 def _conversion(content: dict[str, Any]) -> list[str]:
+    """A line a student and score; seeds side by side."""
     lines = []
     for student in dict.fromkeys(row["student"] for row in content["rows"]):
         rows = [row for row in content["rows"] if row["student"] == student]
-        score = "cosine" if "cosine" in rows[0] else "excess_nats"
-        found = []
-        for row in rows:
-            seconds = row["seconds_a_layer"]
-            name = f"{row['method']} {seconds:g} s" if seconds else row["method"]
-            found.append(f"{name} {row[score]:.3f}")
-        lines.append(f"conversion, {student}, {score.replace('_', ' ')}: {', '.join(found)}")
+        for score in ("excess_nats", "cosine", "third_cosine"):
+            found: dict[str, list[str]] = {}
+            for row in (row for row in rows if score in row):
+                seconds, tokens = row["seconds_a_layer"], row["generated_tokens"]
+                name = f"{row['method']} {seconds:g} s" if seconds else row["method"]
+                name += f", {tokens // 1000}k tokens more" if seconds and tokens else ""
+                found.setdefault(name, []).append(f"{row[score]:.4f}")
+            entries = "; ".join(f"{name}: {' '.join(values)}" for name, values in found.items())
+            if entries:
+                lines.append(f"conversion, {student}, {score.replace('_', ' ')}: {entries}")
     return lines
 
 
