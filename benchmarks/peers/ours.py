@@ -35,7 +35,7 @@ class Ours:
         return "attnreg" if self.starts == 1 else f"attnreg, {self.starts} starts"
 
     def solve(self, problem: Problem, start: Weights, recorder: Recorder) -> str:
-        """See `Method.solve`. Of one start the first point of the trace is the start, as of peers."""
+        """See `Method.solve`. The first point of one start is the start, as of peers."""
         import attnreg
 
         trace = recorder.trace
