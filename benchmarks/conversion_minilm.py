@@ -12,11 +12,13 @@ The third cosine is on a third text, docstrings, that nobody has seen.
 Adam's mini-batches and rates come from a trial on layer 3 (10 s, one thread): 4 windows did better
 than 8 or 16, and of 3e-4, 1e-3, 3e-3 and 1e-2 the second was the best.
 
-    python -m benchmarks.conversion_minilm --threads 1 --methods mean first svd start --generate 0
-    python -m benchmarks.conversion_minilm --threads 1 --methods ours adam --seconds 40 \
-        --seeds 0 1 2 --resume
-    python -m benchmarks.conversion_minilm --threads 1 --methods ours --seconds 300 \
-        --generate 300000 --seeds 0 1 --resume
+    python -m benchmarks.conversion_minilm --threads 1 --resume \
+        --methods mean first svd start --generate 0
+    python -m benchmarks.conversion_minilm --threads 1 --resume --methods adam --seconds 40
+    python -m benchmarks.conversion_minilm --threads 1 --resume --methods ours --seconds 40 \
+        --seeds 0 1
+    python -m benchmarks.conversion_minilm --threads 1 --resume --methods ours --seconds 240 \
+        --generate 300000 --seeds 0 1
 """
 
 from __future__ import annotations

@@ -86,6 +86,11 @@ def test_the_figures_of_the_readme_come_from_the_results(tmp_path, monkeypatch):
         "ridge 1 of the top: 7 to ([0-9]+) products": 0,
         "ridge 0.0001 of the top: 19 to ([0-9]+) products": 0,
         "([0-9]+) of 252 doctored": 0,
+        "kv4, cosine: .*adam 40 s, 100k tokens more: ([0-9.]+)": 4,
+        "kv4, cosine: .*ours 40 s, 100k tokens more: ([0-9.]+)": 4,
+        "kv4, cosine: .*ours 240 s, 300k tokens more: ([0-9.]+)": 4,
+        "kv4, cosine: .*ours 240 s, 300k tokens more: [0-9.]+ ([0-9.]+)": 4,
+        "kv4, third cosine: .*ours 240 s, 300k tokens more: ([0-9.]+)": 3,
     }
     for pattern, digits in printed.items():
         found = re.search(pattern, text)

@@ -27,7 +27,7 @@ def check(problem, model, theta, step):
             assert torch.equal(part.weights, step * batch.weights[:, first::step])
             assert torch.equal(part.B, batch.B[:, first::step])
             pairs = zip(part.lengths, batch.lengths, strict=True)
-            assert all(some[0] == len(range(n)[:own][first::step]) for some, (own, _) in pairs)
+            assert all(got == (len(range(own)[first::step]), m) for got, (own, m) in pairs)
         assert relative(total, whole.vjp(cotangent.flatten(0, 1))) < 1e-13
 
 

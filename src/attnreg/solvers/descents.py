@@ -70,15 +70,18 @@ class Descents:
     @property
     def best(self) -> float:
         """The best value of the last stage."""
-        values = torch.cat([self._values, self._at.value[self._last]])
-        return float(values.min())
+        return float(self._of_last_stage.min())
 
     @property
     def leader(self) -> Tensor:
         """The matrix that has it, ``(d_query, d_key)``; only where it is finite."""
-        last = self._last
-        values = torch.cat([self._values, self._at.value[last]])
-        return torch.cat([self._ends, self._x[last]])[int(values.argmin())]
+        matrices = torch.cat([self._ends, self._x[self._last]])
+        return matrices[int(self._of_last_stage.argmin())]
+
+    @property
+    def _of_last_stage(self) -> Tensor:
+        """Values of those that have ended and of those in the last stage."""
+        return torch.cat([self._values, self._at.value[self._last]])
 
     @property
     def _last(self) -> Tensor:

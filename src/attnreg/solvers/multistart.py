@@ -185,8 +185,9 @@ class _Search:
             try:
                 while descents.running and not self._over():
                     descents.step(self._best())
-                    self._record(descents)
-                    self._show(descents.running, descents.best)
+                    best = descents.best
+                    self._record(descents, best)
+                    self._show(descents.running, best)
             finally:  # after Ctrl-C too
                 values, ends, converged = descents.ends()
                 self._values = torch.cat([self._values, values])
@@ -196,9 +197,9 @@ class _Search:
     def _over(self) -> bool:
         return self._ended is not None or self._run.out_of_time()
 
-    def _record(self, descents: Descents) -> None:
-        """Hands out the best so far where it is news."""
-        best, rests = descents.best, descents.best >= self._last_seen
+    def _record(self, descents: Descents, best: float) -> None:
+        """Hands out the best of the descents where it is news."""
+        rests = best >= self._last_seen
         self._last_seen = min(best, self._last_seen)
         if best >= self._recorded or not (rests or best <= RECORDED * self._recorded):
             return
