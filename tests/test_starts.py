@@ -160,11 +160,37 @@ def test_where_a_race_is_worth_it():
     assert not screening.is_worth_screening(objective_of(many))
 
 
+@pytest.mark.parametrize(("keys", "rows"), [(1, 64), (512, 64), (1024, 32), (40_000, 1)])
+def test_a_step_of_the_race_reads_fewer_rows_of_many_keys(keys, rows):
+    inputs = normal(1, keys, 2)
+    problem = AttentionProblem(normal(1, 70, 2), normal(1, 70, 2), inputs, inputs)
+    race = race_of(Objective(problem, Bilinear()))
+    q, k, _, b, w, _ = race.sample()
+    assert (q.shape[1], k.shape[1], b.shape[1], w.shape[1]) == (rows, keys, rows, rows)
+
+
 # ---------------------------------------------------------------------- restarts
 
 
 def restarts_of(objective):
     return Restarts(objective, torch.Generator().manual_seed(0), never, allowed=True)
+
+
+def test_the_first_path_is_raced_for_where_the_keys_have_few_dimensions(monkeypatch):
+    """Elsewhere a race comes after a path that has ended on a plateau."""
+    raced = []
+    monkeypatch.setattr(restarts, "screen", lambda objective, theta, *_: raced.append(theta))
+    theta, many = normal(16), objective_of()
+    assert not screening.has_few_dimensions(many)
+    left = restarts_of(many)
+    assert (left.first(theta).phase, raced) == ("path", [])
+    left.leave(Point(many, many.features(theta)))
+    assert len(raced) == 1
+    scales = torch.tensor([1.0, 0.3, 0.1, 0.03])
+    few = objective_of(NOISY.replace(A1=[a * scales for a in NOISY.batches[0].A1]))
+    assert screening.has_few_dimensions(few)
+    assert restarts_of(few).first(theta).phase == "path"  # where no start separates
+    assert torch.equal(raced[1], theta)
 
 
 def test_a_plateau_crawls_and_a_basin_does_not():

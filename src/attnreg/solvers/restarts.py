@@ -23,7 +23,7 @@ from torch import Tensor
 
 from attnreg.models.bilinear import START_LOGITS
 from attnreg.objective import Objective, Point
-from attnreg.solvers.screening import is_worth_screening, screen
+from attnreg.solvers.screening import has_few_dimensions, is_worth_screening, screen
 
 RESTARTS = 6
 """Starts after the first. Two paths in five lead to the planted solution of 16 dimensions and 256
@@ -104,7 +104,10 @@ class Restarts:
             return None
         size = self._objective.model.logit_size(self._objective.problem)
         size *= float(theta.square().mean()) ** 0.5
-        return self._raced(theta, theta * min(1.0, START_LOGITS / size) if size else theta)
+        small = theta * min(1.0, START_LOGITS / size) if size else theta
+        if has_few_dimensions(self._objective):
+            return self._raced(theta, small)
+        return Start(small, "path")
 
     def leave(self, point: Point) -> Start:
         """Keeps a point aside where it is the best, and says where to go on."""
