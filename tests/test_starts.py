@@ -186,8 +186,8 @@ def test_the_first_path_is_raced_for_where_the_keys_have_few_dimensions(monkeypa
     assert (left.first(theta).phase, raced) == ("path", [])
     left.leave(Point(many, many.features(theta)))
     assert len(raced) == 1
-    scales = torch.tensor([1.0, 0.3, 0.1, 0.03])
-    few = objective_of(NOISY.replace(A1=[a * scales for a in NOISY.batches[0].A1]))
+    scales = torch.tensor([1.0, 0.3, 0.1, 0.03], dtype=torch.float64)
+    few = objective_of(NOISY.replace(A2=NOISY.batches[0].A2 * scales))
     assert screening.has_few_dimensions(few)
     assert restarts_of(few).first(theta).phase == "path"  # where no start separates
     assert torch.equal(raced[1], theta)
