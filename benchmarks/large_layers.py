@@ -11,13 +11,15 @@ full time, and the best of these is its row. First-order peers have fused attent
 fixed fractions of the time and scored off the clock, once as they are and once with W_O and b_O
 solved in closed form on the calibration data, also off the clock: the better by validation counts.
 attnreg is fitted anew for each of these fractions, since it is told its time beforehand; its
-readouts are on the clock, and its seconds are those that it took.
+readouts are on the clock, and its seconds are those that it took. Tier large has one more fit of
+attnreg, given three times the time: no row, but what is left to gain at the end of the others.
 
     python -m benchmarks.large_layers --tier large
     python -m benchmarks.large_layers --tier large --device cuda --precision tf32
 
 Rows in the results file that were made with the same settings on the same machine are kept: an
-interrupted run goes on with the same command. `--fresh` begins anew.
+interrupted run goes on with the same command, and runs of other layers side by side add to one
+file. `--fresh` begins anew.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +51,12 @@ from benchmarks.common import (
     write_json,
 )
 from benchmarks.layer_problem import STUDENT, Data, Layer, load_layer, relative_error, with_outputs
-from benchmarks.peers import OURS, Method, Peer, Weights, found, installed, run
+from benchmarks.peers import OURS, Method, Peer, Trace, Weights, found, installed, run
 
 FRACTIONS = (0.05, 0.1, 0.2, 1 / 3, 2 / 3)  # of the time, beside its end
 SCORED = ("calibration", "validation", "held_out")
 TARGETS = {"the best of Adam, AdamW and Muon": ("Adam", "AdamW", "Muon"), "SOAP": ("SOAP",)}
+LONGER = {"large": 3.0}  # times the time, for one more fit of attnreg
 REPEATED = 30.0  # seconds of a row below which it is repeated
 WARM_UP = 0.5
 
@@ -90,15 +94,24 @@ class Bed:
 
     def errors(self, weights: Weights) -> Errors:
         """All errors, by text."""
-        return {name: relative_error(weights, data) for name, data in self._data.items()}
+        return {name: self._error(weights, name) for name in SCORED}
 
     def best_errors(self, weights: Weights) -> dict[str, Any]:
         """Errors of the weights, or with their readout solved where that validates better."""
         if not all(value.isfinite().all() for value in weights.values()):
             return dict.fromkeys(SCORED, math.inf) | {"readout": "as it is"}
-        as_is = self.errors(weights) | {"readout": "as it is"}
-        solved = self.errors(self._solved(weights)) | {"readout": "solved"}
-        return min(as_is, solved, key=lambda errors: errors["validation"])
+        ways = {"as it is": weights, "solved": self._solved(weights)}
+        readout = min(ways, key=lambda way: self._error(ways[way], "validation"))
+        return self.errors(ways[readout]) | {"readout": readout}
+
+    def validation(self, weights: Weights) -> float:
+        """The validation error of :meth:`best_errors`."""
+        if not all(value.isfinite().all() for value in weights.values()):
+            return math.inf
+        return min(self._error(w, "validation") for w in (weights, self._solved(weights)))
+
+    def _error(self, weights: Weights, text: str) -> float:
+        return relative_error(weights, self._data[text])
 
     def _solved(self, weights: Weights) -> Weights:
         from attnreg.transformers.starts import solve_readout
@@ -123,16 +136,20 @@ def peer_row(peer: Peer, bed: Bed, tier: Tier) -> dict[str, Any]:
     trials: dict[str, float] = {}
     for method in peer.layers if len(peer.layers) > 1 else ():
         trace = run(method, bed.calibration, bed.start, tier.seconds * tier.trial)
-        trials[method.name] = bed.best_errors(trace.weights)["validation"]
+        trials[method.name] = bed.validation(trace.weights)
     ranked = sorted(peer.layers, key=lambda method: trials.get(method.name, 0.0))
-    rows = [_final(method, bed, tier) for method in ranked[: tier.finalists]]
-    best = min(rows, key=lambda row: row["errors"]["validation"])
-    finals = {row["setting"]: row["errors"]["validation"] for row in rows}
-    return {**best, "trials": trials, "finals": finals}
+    finals: dict[str, float] = {}
+    best: tuple[Method, Trace] | None = None
+    for method in ranked[: tier.finalists]:
+        trace = run(method, bed.calibration, bed.start, tier.seconds, fractions=FRACTIONS)
+        finals[method.name] = bed.validation(trace.snapshots[-1][1])
+        if best is None or finals[method.name] < finals[best[0].name]:
+            best = method, trace
+    assert best is not None
+    return {**_final(*best, bed, tier), "trials": trials, "finals": finals}
 
 
-def _final(method: Method, bed: Bed, tier: Tier) -> dict[str, Any]:
-    trace = run(method, bed.calibration, bed.start, tier.seconds, fractions=FRACTIONS)
+def _final(method: Method, trace: Trace, bed: Bed, tier: Tier) -> dict[str, Any]:
     curve = [[seconds, bed.best_errors(weights)] for seconds, weights in trace.snapshots]
     ends = [curve[-1][1]]
     while len(ends) < tier.repeats and tier.seconds < REPEATED:
@@ -171,6 +188,12 @@ def our_row(bed: Bed, tier: Tier) -> dict[str, Any]:
     }
 
 
+def our_longer_fit(bed: Bed, seconds: float) -> dict[str, Any]:
+    """attnreg's errors after more than the compared time."""
+    trace = run(OURS, bed.calibration, bed.start, seconds)
+    return {"seconds": trace.total_seconds, "errors": bed.errors(trace.weights)}
+
+
 def _middle(errors: Sequence[Mapping[str, Any]]) -> Errors:
     return {name: median([entry[name] for entry in errors]) or math.inf for name in SCORED}
 
@@ -204,8 +227,8 @@ def run_layer(
     name: str, bed: Bed, peers: Sequence[Peer], tier: Tier, rows: dict[str, Any], keep: Callable
 ) -> None:
     """Fills `rows` with those that are missing, and calls `keep` after each."""
-    work = {OURS.name: lambda: our_row(bed, tier)}
-    work |= {peer.name: lambda peer=peer: peer_row(peer, bed, tier) for peer in peers}
+    work = {peer.name: lambda peer=peer: peer_row(peer, bed, tier) for peer in peers}
+    work[OURS.name] = lambda: our_row(bed, tier)
     for method in (OURS, *(peer.layers[0] for peer in peers)):
         run(method, bed.calibration, bed.start, WARM_UP)
     for row, make in work.items():
@@ -230,25 +253,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "missing": missing,
         "not_run": {peer.name: peer.why_no_layers for peer in everybody if not peer.layers},
     }
-    content["layers"] = {} if options.fresh else resumed(path, content, "layers")
-    clock = Clock()
+    if options.fresh:
+        path.unlink(missing_ok=True)
+    content["layers"] = resumed(path, content, "layers")
+    clock, times = Clock(), LONGER.get(options.tier)
     for number in tier.layers:
         name = f"layer {number}"
         layer = content["layers"].setdefault(name, {"rows": {}})
         wanted = {OURS.name, *(peer.name for peer in peers)} - set(layer["rows"])
-        if not wanted:
+        if not wanted and (times is None or "longer" in layer):
             continue
         if options.minutes is not None and clock.seconds() > 60 * options.minutes:
             console.print(f"[yellow]{name} is left out: {options.minutes:g} min over[/yellow]")
             continue
         bed = load_bed(number, tier, options.device)
         layer["start"] = bed.errors(bed.start)
-        keep = lambda: write_json(path, content)  # noqa: E731
+        keep = partial(_write, path, content, name)
         with matmul_precision(options.precision, torch.device(options.device)):
             run_layer(name, bed, peers, tier, layer["rows"], keep)
+            if times is not None:
+                layer["longer"] = our_longer_fit(bed, tier.seconds * times)
         layer["verdicts"] = verdicts(layer)
         keep()
         print_layer(name, layer)
+
+
+def _write(path: Path, content: dict[str, Any], own: str) -> None:
+    """Writes the file with the other layers as they are in it now."""
+    others = resumed(path, content, "layers")
+    others[own] = content["layers"][own]
+    content["layers"] = dict(sorted(others.items()))
+    write_json(path, content)
 
 
 def print_layer(name: str, layer: Mapping[str, Any]) -> None:
@@ -263,6 +298,10 @@ def print_layer(name: str, layer: Mapping[str, Any]) -> None:
         )
         for row in rows
     ]
+    if "longer" in layer:
+        longer = layer["longer"]
+        errors = (show(longer["errors"][text], 4) for text in SCORED)
+        lines.append(("attnreg, given longer", show(longer["seconds"]), *errors, "as it is"))
     lines.append(("start", "-", *(show(layer["start"][text], 4) for text in SCORED), "as it is"))
     print_table(name, ("method", "s", *SCORED, "readout"), lines)
     for target, entry in layer["verdicts"].items():

@@ -201,6 +201,10 @@ def _layer_parts(name: str, layer: Mapping[str, Any]) -> list[str]:
         )
         for method, row in rows
     ]
+    if "longer" in layer:
+        longer = layer["longer"]
+        seconds, errors = show(longer["seconds"]), _errors(longer["errors"])
+        lines.append((OURS.name, "given longer", seconds, *errors, "as it is", ""))
     lines.append(("start", "mean-pooled heads", "", *_errors(layer["start"]), "as it is", ""))
     columns = ("method", "setting", "s", "calibration", "validation", "held out", "readout")
     verdicts = [_verdict(target, entry) for target, entry in layer.get("verdicts", {}).items()]

@@ -205,6 +205,80 @@ def test_a_row_of_a_layer_is_kept(results, monkeypatch):
     assert saved == list(range(2, len(rows) + 1))
 
 
+def test_layers_side_by_side_add_to_one_file(results, monkeypatch):
+    """Another run's layer stays; `--fresh` and other settings begin anew."""
+    path = results / "large_layers-large.json"
+    row = {"setting": "s", "seconds": 1.0, "errors": dict.fromkeys(large_layers.SCORED, 0.5)}
+    row |= {"readout": "as it is", "curve": []}
+    bed = type("Bed", (), {"start": None, "errors": lambda self, _: row["errors"]})
+    asked = []
+
+    def run_layer(name, bed, peers, tier, rows, keep):
+        asked.append(name)
+        if path.exists():  # another run is done with its layer
+            content = json.loads(path.read_text())
+            content["layers"]["layer 9"] = {"rows": {}}
+            path.write_text(json.dumps(content))
+        rows |= {OURS.name: row} | {peer.name: row for peer in peers}
+        keep()
+
+    monkeypatch.setattr(large_layers, "run_layer", run_layer)
+    monkeypatch.setattr(large_layers, "load_bed", lambda *given: bed())
+    longer = {"seconds": 3.0, "errors": row["errors"]}
+    monkeypatch.setattr(large_layers, "our_longer_fit", lambda bed, seconds: longer)
+    monkeypatch.setattr(large_layers, "print_layer", lambda *given: None)
+    given = ["--tier", "large", "--threads", "1", "--layers"]
+
+    def layers_after(*arguments):
+        large_layers.main([*given, *arguments])
+        return json.loads(path.read_text())["layers"]
+
+    assert list(layers_after("5")) == ["layer 5"]
+    first = layers_after("3")
+    assert list(first) == ["layer 3", "layer 5", "layer 9"]
+    assert first["layer 3"]["longer"] == longer
+    assert layers_after("3", "5") == first
+    assert asked == ["layer 5", "layer 3"]
+    assert list(layers_after("0", "--seconds", "9")) == ["layer 0"]
+    assert list(layers_after("5", "--seconds", "9", "--fresh")) == ["layer 5"]
+
+
+def test_the_best_finalist_is_the_row(monkeypatch):
+    """Trials choose the finalists, validation at the end the best of them."""
+    ends = {"a": [0.3, 0.5], "b": [0.2, 0.4], "c": [0.9, 0.1]}
+    asked = []
+
+    class Named:
+        def __init__(self, name):
+            self.name = name
+
+    class Bed:
+        calibration = start = None
+
+        def validation(self, weights):
+            return weights
+
+        def best_errors(self, weights):
+            return dict.fromkeys(large_layers.SCORED, weights) | {"readout": "solved"}
+
+    def run(method, data, start, seconds, fractions=()):
+        asked.append((method.name, bool(fractions)))
+        trace = Trace(seconds=[seconds], losses=[1.0])
+        trace.total_seconds = seconds
+        trace.weights = ends[method.name][0]
+        trace.snapshots = [(seconds / 2, 0.6), (seconds, ends[method.name][1])]
+        return trace
+
+    monkeypatch.setattr(large_layers, "run", run)
+    tier = large_layers.Tier((3,), 1, 1, 40.0, 0.25, 2, 3)
+    row = large_layers.peer_row(Peer("p", (), tuple(map(Named, "abc"))), Bed(), tier)
+    assert asked == [*((name, False) for name in "abc"), ("b", True), ("a", True)]
+    assert row["trials"] == {"a": 0.3, "b": 0.2, "c": 0.9}
+    assert row["finals"] == {"b": 0.4, "a": 0.5}
+    assert (row["setting"], row["errors"]["validation"], row["readout"]) == ("b", 0.4, "solved")
+    assert [seconds for seconds, _ in row["curve"]] == [20.0, 40.0]
+
+
 def test_a_case_has_the_best_setting_and_medians():
     case = planted_suite.Case(3, 12, 2, 0.0, 0.1)
     peers = [Peer("torch L-BFGS", (LBFGS(10), LBFGS(30))), Peer("Adam", (Adam(0.1),))]
