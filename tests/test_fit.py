@@ -171,7 +171,7 @@ def test_history():
     assert [record.iteration for record in history] == list(range(len(history)))
     first = history[0]
     assert (first.phase, first.accepted, first.inner_iterations) == ("start", True, 0)
-    assert history[1].phase == "path"
+    assert history[1].phase == "screening"
     assert {record.phase for record in history[2:]} == {"gauss-newton", "newton"}
     for name in ("seconds", "passes"):
         values = [getattr(record, name) for record in history]

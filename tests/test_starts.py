@@ -180,17 +180,17 @@ def test_the_first_path_is_raced_for_where_the_keys_have_few_dimensions(monkeypa
     """Elsewhere a race comes after a path that has ended on a plateau."""
     raced = []
     monkeypatch.setattr(restarts, "screen", lambda objective, theta, *_: raced.append(theta))
-    theta, many = normal(16), objective_of()
-    assert not screening.has_few_dimensions(many)
-    left = restarts_of(many)
-    assert (left.first(theta).phase, raced) == ("path", [])
-    left.leave(Point(many, many.features(theta)))
-    assert len(raced) == 1
-    scales = torch.tensor([1.0, 0.3, 0.1, 0.03], dtype=torch.float64)
-    few = objective_of(NOISY.replace(A2=NOISY.batches[0].A2 * scales))
+    theta, few = normal(16), objective_of()
     assert screening.has_few_dimensions(few)
     assert restarts_of(few).first(theta).phase == "path"  # where no start separates
-    assert torch.equal(raced[1], theta)
+    assert torch.equal(raced[0], theta)
+    theta, many = normal(144), objective_of(AttentionProblem(normal(4, 60, 12), normal(4, 60, 2)))
+    assert screening.is_worth_screening(many)
+    assert not screening.has_few_dimensions(many)
+    left = restarts_of(many)
+    assert (left.first(theta).phase, len(raced)) == ("path", 1)
+    left.leave(Point(many, many.features(theta)))
+    assert len(raced) == 2
 
 
 def test_a_plateau_crawls_and_a_basin_does_not():

@@ -15,8 +15,8 @@ is an iteration of the same loop.
   gradient and vanishes at the solution (heuristic; the tail is quadratic because of it).
 * **Preconditioner and stopping test** live in the natural metric; the preconditioner is corrected
   by the products of the solves before.
-* **Cold starts.** Where inputs have few effective dimensions for their width the start is chosen
-  in a race of many; a start whose path ends on a plateau is left for another (:mod:`.restarts`).
+* **Cold starts.** Where inputs have few effective dimensions the start is chosen in a race of
+  many; a start whose path ends on a plateau is left for another one (:mod:`.restarts`).
 * **Path.** Stages of an extra ridge on the readout; the next stage begins when a step of the
   current one gains less than ``STAGE_GAIN`` of the objective, or its gradient is within ``tol``.
   Where the path ends above the value of a start, the loop goes on from that start instead.
