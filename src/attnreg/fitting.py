@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -15,7 +15,7 @@ from attnreg.models import Bilinear, Model
 from attnreg.objective import Iterate, Objective
 from attnreg.problem import AttentionProblem
 from attnreg.progress import ProgressDisplay
-from attnreg.records import IterationRecord, Status
+from attnreg.records import Callback, IterationRecord, Status
 from attnreg.result import FitResult
 from attnreg.solvers.approximate_newton import MAX_DENSE_SIZE, ApproximateNewton
 from attnreg.solvers.choice import chosen
@@ -36,8 +36,6 @@ MAX_STARTS = 1 << 16
 
 CUT_SHORT = (Status.MAX_SECONDS, Status.INTERRUPTED, Status.STOPPED)
 """Who wants to stop now is not made to wait for a certificate."""
-
-Callback = Callable[[IterationRecord], bool | None]
 
 
 def fit(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 
@@ -130,3 +130,7 @@ class Minima:
             f"{self.distinct} distinct, the best found {self.best} times; {self.converged} of "
             f"{self.descents} descents converged ({self.starts} starts, {self.rounds} more rounds)"
         )
+
+
+Callback = Callable[[IterationRecord], bool | None]
+"""Called with each record; a true answer stops the run."""

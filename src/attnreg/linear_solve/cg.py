@@ -23,8 +23,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from attnreg.linear_solve.curvature_pairs import CurvaturePairs, Operator
-from attnreg.linear_solve.solve import Solve
+from attnreg.linear_solve.curvature_pairs import CurvaturePairs
+from attnreg.linear_solve.solve import Operator, Solve
 
 
 def conjugate_gradients(

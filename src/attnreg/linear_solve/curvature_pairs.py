@@ -11,12 +11,11 @@ product (Morales and Nocedal 2000). It changes how many products a solve takes, 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-Operator = Callable[[Tensor], Tensor]
+from attnreg.linear_solve.solve import Operator
 
 MOST = 8
 """Pairs kept: more save no more products (real layer with 300,000 parameters)."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
+
+Operator = Callable[[Tensor], Tensor]
+"""A linear map of flat vectors."""
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from attnreg.linear_solve.cg import conjugate_gradients
 from attnreg.linear_solve.cholesky import DenseSolver
 from attnreg.linear_solve.solve import Solve
 from attnreg.objective import Objective, Point
-from attnreg.records import IterationRecord, Status
+from attnreg.records import Callback, Status
 from attnreg.solvers.run import (
     ACCEPT,
     Outcome,
@@ -148,7 +148,7 @@ class ApproximateNewton:
         objective: Objective,
         theta: Tensor,
         settings: Settings,
-        observe: Callable[[IterationRecord], bool | None],
+        observe: Callback,
         began: float,
         generator: torch.Generator | None,
     ) -> None:

@@ -8,14 +8,13 @@ by less than :data:`PAYS`, the ordinary loop goes on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from attnreg.objective import Objective
-from attnreg.records import IterationRecord, Status
+from attnreg.records import Callback, IterationRecord, Status
 from attnreg.solvers.run import Outcome, Settings
 from attnreg.solvers.stochastic import Stochastic
 from attnreg.solvers.trust_region import TrustRegion
@@ -26,15 +25,13 @@ FIRST = 6
 PAYS = 0.05
 """Share of the objective that a round gains where another one follows."""
 
-Observe = Callable[[IterationRecord], bool | None]
-
 
 def rounds_then_curvature(
     objective: Objective,
     theta: Tensor,
     settings: Settings,
     generator: torch.Generator,
-    observe: Observe,
+    observe: Callback,
     began: float,
 ) -> tuple[Outcome, str | None]:
     """Runs rounds of mini-batches, and the trust region once a round has gained little.

@@ -12,7 +12,7 @@ import torch
 
 from attnreg.curvature.preconditioner import natural_metric
 from attnreg.objective import Iterate, Objective, Point
-from attnreg.records import IterationRecord, Status
+from attnreg.records import Callback, IterationRecord, Status
 
 ACCEPT = 1e-4
 """Smallest ratio of actual to predicted decrease at which a step is taken."""
@@ -81,7 +81,7 @@ class Run:
         self,
         objective: Objective,
         settings: Settings,
-        observe: Callable[[IterationRecord], bool | None],
+        observe: Callback,
         began: float,
     ) -> None:
         self._objective, self._settings = objective, settings

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +35,7 @@ from attnreg.batching import Batch
 from attnreg.curvature.preconditioner import natural_metric
 from attnreg.kronecker import split_blocks
 from attnreg.objective import Objective
-from attnreg.records import IterationRecord, Status
+from attnreg.records import Callback, Status
 from attnreg.solvers.minibatches import (
     SAMPLE_ROWS,
     Pooled,
@@ -83,7 +82,7 @@ class Stochastic:
         theta: Tensor,
         settings: Settings,
         generator: torch.Generator,
-        observe: Callable[[IterationRecord], bool | None],
+        observe: Callback,
         began: float,
     ) -> None:
         self._objective, self._settings, self._generator = objective, settings, generator

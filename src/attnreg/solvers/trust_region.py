@@ -28,7 +28,6 @@ it lowers the norm of the gradient, and the loop ends when it does not.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -41,7 +40,7 @@ from attnreg.linear_solve.cholesky import DenseSolver
 from attnreg.linear_solve.curvature_pairs import CurvaturePairs
 from attnreg.linear_solve.solve import Solve
 from attnreg.objective import Objective, Point
-from attnreg.records import IterationRecord, Status
+from attnreg.records import Callback, Status
 from attnreg.solvers.restarts import Restarts, Start
 from attnreg.solvers.run import (
     ACCEPT,
@@ -112,7 +111,7 @@ class TrustRegion:
         theta: Tensor,
         settings: Settings,
         generator: torch.Generator,
-        observe: Callable[[IterationRecord], bool | None],
+        observe: Callback,
         began: float,
     ) -> None:
         self._objective, self._settings = objective, settings
