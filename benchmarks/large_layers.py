@@ -18,8 +18,8 @@ attnreg, given three times the time: no row, but what is left to gain at the end
     python -m benchmarks.large_layers --tier large --device cuda --precision tf32
 
 Rows in the results file that were made with the same settings on the same machine are kept: an
-interrupted run goes on with the same command, and runs of other layers side by side add to one
-file. `--fresh` begins anew.
+interrupted run goes on with the same command, and runs with different `--layers` side by side add
+to one file. `--fresh` begins anew.
 """
 
 from __future__ import annotations
