@@ -61,7 +61,7 @@ bench: $(INSTALLED_BENCH)  ## the public table, docs/benchmarks.md (under 30 min
 	@$(BIN)/python -m benchmarks.large_layers
 	@$(BIN)/python -m benchmarks.table
 
-bench-large: $(INSTALLED_BENCH)  ## its large layers and all planted cases (hours; goes on where it was)
+bench-large: $(INSTALLED_BENCH)  ## the same in large (hours; goes on where it was)
 	@$(BIN)/python -m benchmarks.large_layers --tier large
 	@$(BIN)/python -m benchmarks.planted_suite --tier large
 	@$(BIN)/python -m benchmarks.table

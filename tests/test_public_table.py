@@ -144,10 +144,12 @@ def _layer():
 def test_tiers_have_all_conditionings_and_noise_levels():
     for tier in ("bench", "large"):
         cases = planted_suite.cases(tier)
-        assert len({case.name for case in cases}) == len(cases)
+        assert len({case.name for case in cases}) == len(cases) == 15
         assert {case.decades for case in cases} == set(planted_suite.DECADES)
         assert {case.noise for case in cases} == set(planted_suite.NOISES)
-    widths, rows, sequences = (set(column) for column in zip(*planted_suite.LARGE, strict=True))
+    both = (*planted_suite.BENCH, *planted_suite.LARGE)
+    assert len(set(both)) == len(both) == 10
+    widths, rows, sequences = (set(column) for column in zip(*both, strict=True))
     assert (min(widths), max(widths)) == (4, 64)
     assert (min(rows), max(rows)) == (64, 2048)
     assert (min(sequences), max(sequences)) == (1, 32)
