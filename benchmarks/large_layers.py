@@ -18,8 +18,8 @@ attnreg, given three times the time: no row, but what is left to gain at the end
     python -m benchmarks.large_layers --tier large --device cuda --precision tf32
 
 Rows in the results file that were made with the same settings on the same machine are kept: an
-interrupted run goes on with the same command, and runs with different `--layers` side by side add
-to one file. `--fresh` begins anew.
+interrupted run goes on with the same command, and runs with different `--layers` or `--only` side
+by side add to one file. `--fresh` begins anew.
 """
 
 from __future__ import annotations
@@ -271,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         keep = partial(_write, path, content, name)
         with matmul_precision(options.precision, torch.device(options.device)):
             run_layer(name, bed, peers, tier, layer["rows"], keep)
-            if times is not None:
+            if times is not None and "longer" not in layer:
                 layer["longer"] = our_longer_fit(bed, tier.seconds * times)
         layer["verdicts"] = verdicts(layer)
         keep()
@@ -279,10 +279,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _write(path: Path, content: dict[str, Any], own: str) -> None:
-    """Writes the file with the other layers as they are in it now."""
-    others = resumed(path, content, "layers")
-    others[own] = content["layers"][own]
-    content["layers"] = dict(sorted(others.items()))
+    """Writes the file with what other runs have added to it: layers, and rows of this one."""
+    layer, layers = content["layers"][own], resumed(path, content, "layers")
+    for entry, made in layers.get(own, {}).items():
+        layer.setdefault(entry, made)
+    layer["rows"] |= layers.get(own, layer)["rows"] | layer["rows"]
+    content["layers"] = dict(sorted({**layers, own: layer}.items()))
     write_json(path, content)
 
 

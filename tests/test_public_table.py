@@ -217,17 +217,23 @@ def test_layers_side_by_side_add_to_one_file(results, monkeypatch):
 
     def run_layer(name, bed, peers, tier, rows, keep):
         asked.append(name)
-        if path.exists():  # another run is done with its layer
+        beside = path.exists()
+        if beside:  # another run is done with its layer, and with a row of this one
             content = json.loads(path.read_text())
             content["layers"]["layer 9"] = {"rows": {}}
+            content["layers"][name] = {"rows": {"other": row}, "longer": longer}
             path.write_text(json.dumps(content))
         rows |= {OURS.name: row} | {peer.name: row for peer in peers}
         keep()
+        assert ("other" in rows) == beside
 
     monkeypatch.setattr(large_layers, "run_layer", run_layer)
     monkeypatch.setattr(large_layers, "load_bed", lambda *given: bed())
     longer = {"seconds": 3.0, "errors": row["errors"]}
-    monkeypatch.setattr(large_layers, "our_longer_fit", lambda bed, seconds: longer)
+    made = []
+    monkeypatch.setattr(
+        large_layers, "our_longer_fit", lambda bed, seconds: made.append(seconds) or longer
+    )
     monkeypatch.setattr(large_layers, "print_layer", lambda *given: None)
     given = ["--tier", "large", "--threads", "1", "--layers"]
 
@@ -239,10 +245,14 @@ def test_layers_side_by_side_add_to_one_file(results, monkeypatch):
     first = layers_after("3")
     assert list(first) == ["layer 3", "layer 5", "layer 9"]
     assert first["layer 3"]["longer"] == longer
+    assert "other" in first["layer 3"]["rows"]
+    assert made == [360.0]  # of layer 5; the other run has made that of layer 3
     assert layers_after("3", "5") == first
     assert asked == ["layer 5", "layer 3"]
-    assert list(layers_after("0", "--seconds", "9")) == ["layer 0"]
-    assert list(layers_after("5", "--seconds", "9", "--fresh")) == ["layer 5"]
+    asked.clear()
+    path.unlink()
+    assert list(layers_after("5", "--seconds", "9")) == ["layer 5"]
+    assert list(layers_after("0", "--fresh")) == ["layer 0"]
 
 
 def test_the_best_finalist_is_the_row(monkeypatch):
