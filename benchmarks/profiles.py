@@ -84,8 +84,10 @@ def draw_layers(content: Mapping[str, Any], path: Path) -> None:
     with mpl.rc_context({"font.size": 9}):
         figure = Figure(figsize=(4.6 * max(len(layers), 2), 3.8), layout="constrained")
         panels = figure.subplots(1, len(layers), squeeze=False)[0]
+        methods = sorted({method for layer in layers.values() for method in layer["rows"]})
         for axes, (name, layer) in zip(panels, layers.items(), strict=True):
-            for index, (method, row) in enumerate(_ours_last(layer["rows"])):
+            for method, row in _ours_last(dict(sorted(layer["rows"].items()))):
+                index = methods.index(method)  # one colour in all panels
                 points = [(s, e["validation"]) for s, e in row["curve"] if e["validation"]]
                 seconds, errors = zip(*points, strict=True)
                 axes.plot(seconds, errors, marker=".", label=method, **_style(index, method))
