@@ -98,17 +98,23 @@ class Bed:
 
     def best_errors(self, weights: Weights) -> dict[str, Any]:
         """Errors of the weights, or with their readout solved where that validates better."""
-        if not all(value.isfinite().all() for value in weights.values()):
-            return dict.fromkeys(SCORED, math.inf) | {"readout": "as it is"}
-        ways = {"as it is": weights, "solved": self._solved(weights)}
-        readout = min(ways, key=lambda way: self._error(ways[way], "validation"))
-        return self.errors(ways[readout]) | {"readout": readout}
+        validation, readout, best = self._best(weights)
+        if validation == math.inf:
+            return dict.fromkeys(SCORED, math.inf) | {"readout": readout}
+        return self.errors(best) | {"readout": readout}
 
     def validation(self, weights: Weights) -> float:
         """The validation error of :meth:`best_errors`."""
+        return self._best(weights)[0]
+
+    def _best(self, weights: Weights) -> tuple[float, str, Weights]:
+        """Validation error, readout and weights of the better way; infinite where they are not."""
         if not all(value.isfinite().all() for value in weights.values()):
-            return math.inf
-        return min(self._error(w, "validation") for w in (weights, self._solved(weights)))
+            return math.inf, "as it is", weights
+        ways = {"as it is": weights, "solved": self._solved(weights)}
+        errors = {readout: self._error(way, "validation") for readout, way in ways.items()}
+        best = min(errors, key=lambda readout: errors[readout])
+        return errors[best], best, ways[best]
 
     def _error(self, weights: Weights, text: str) -> float:
         return relative_error(weights, self._data[text])
@@ -139,19 +145,22 @@ def peer_row(peer: Peer, bed: Bed, tier: Tier) -> dict[str, Any]:
         trials[method.name] = bed.validation(trace.weights)
     ranked = sorted(peer.layers, key=lambda method: trials.get(method.name, 0.0))
     finals: dict[str, float] = {}
-    best: tuple[Method, Trace] | None = None
+    traces: dict[str, tuple[Method, Trace, dict[str, Any]]] = {}
     for method in ranked[: tier.finalists]:
         trace = run(method, bed.calibration, bed.start, tier.seconds, fractions=FRACTIONS)
-        finals[method.name] = bed.validation(trace.snapshots[-1][1])
-        if best is None or finals[method.name] < finals[best[0].name]:
-            best = method, trace
-    assert best is not None
-    return {**_final(*best, bed, tier), "trials": trials, "finals": finals}
+        end = bed.best_errors(trace.snapshots[-1][1])
+        finals[method.name], traces[method.name] = end["validation"], (method, trace, end)
+    best = min(finals, key=lambda name: finals[name])
+    return {**_final(*traces[best], bed, tier), "trials": trials, "finals": finals}
 
 
-def _final(method: Method, trace: Trace, bed: Bed, tier: Tier) -> dict[str, Any]:
-    curve = [[seconds, bed.best_errors(weights)] for seconds, weights in trace.snapshots]
-    ends = [curve[-1][1]]
+def _final(
+    method: Method, trace: Trace, end: dict[str, Any], bed: Bed, tier: Tier
+) -> dict[str, Any]:
+    """The row of a run whose end has been scored."""
+    seconds, _ = trace.snapshots[-1]
+    curve = [[at, bed.best_errors(weights)] for at, weights in trace.snapshots[:-1]]
+    ends = [end]
     while len(ends) < tier.repeats and tier.seconds < REPEATED:
         again = run(method, bed.calibration, bed.start, tier.seconds)
         ends.append(bed.best_errors(again.weights))
@@ -161,8 +170,8 @@ def _final(method: Method, trace: Trace, bed: Bed, tier: Tier) -> dict[str, Any]
         "steps": len(trace.seconds),
         "note": trace.note,
         "errors": _middle(ends),
-        "readout": curve[-1][1]["readout"],
-        "curve": curve,
+        "readout": end["readout"],
+        "curve": [*curve, [seconds, end]],
     }
 
 

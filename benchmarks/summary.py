@@ -29,7 +29,8 @@ def main() -> None:
     for name, lines in LINES.items():
         path = RESULTS / f"{name}.json"
         if not path.is_file():
-            console.print(f"{name}: no results; run python -m benchmarks.{name}")
+            command = name.replace("-", " --tier ")
+            console.print(f"{name}: no results; run python -m benchmarks.{command}")
             continue
         results[name] = json.loads(path.read_text())
         for line in lines(results[name]):
@@ -203,6 +204,41 @@ def _conversion(content: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _suite(content: dict[str, Any]) -> list[str]:
+    cases = content["cases"].values()
+    first = arrived = cut_off = 0
+    for case in cases:
+        ours, times = case["rows"][OURS], [row["seconds"] for row in case["rows"].values()]
+        there = [seconds for seconds in times if seconds is not None]
+        arrived += ours["seconds"] is not None
+        first += ours["seconds"] is not None and ours["seconds"] == min(there)
+        cut_off += ours["status"] == "TIME"
+    lines = [
+        f"suite: of {len(cases)} cases first on {first}, arrived on {arrived}, cut off on {cut_off}"
+    ]
+    for name, case in content["cases"].items():
+        peers = {peer: row["seconds"] for peer, row in case["rows"].items() if peer != OURS}
+        there = {peer: seconds for peer, seconds in peers.items() if seconds is not None}
+        if there and (ours := case["rows"][OURS]["seconds"]):
+            best = min(there, key=lambda peer: there[peer])
+            lines.append(f"suite, {name}: {best} at {there[best] / ours:.1f} times the seconds")
+    return lines
+
+
+def _large(content: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, layer in content["layers"].items():
+        end = layer["rows"][OURS]["errors"]["validation"]
+        gained = 1 - layer["longer"]["errors"]["validation"] / end
+        for target, verdict in layer["verdicts"].items():
+            sooner = "never" if verdict["sooner"] is None else f"{verdict['sooner']:.1f} times"
+            lines.append(
+                f"large, {name}, {target}: sooner {sooner}, lower {verdict['lower_at_the_end']:.1%}"
+            )
+        lines.append(f"large, {name}: {gained:.1%} lower in more time")
+    return lines
+
+
 def _multimodal(content: dict[str, Any]) -> list[str]:
     lines = []
     for width, found in content["widths"].items():
@@ -219,6 +255,8 @@ def _multimodal(content: dict[str, Any]) -> list[str]:
 
 LINES = {
     "planted": _planted,
+    "planted_suite": _suite,
+    "large_layers-large": _large,
     "real_layer": _layer,
     "product_cost": _product,
     "roofline": _roofline,

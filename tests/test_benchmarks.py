@@ -86,6 +86,16 @@ def test_the_figures_of_the_readme_come_from_the_results(tmp_path, monkeypatch):
         "ridge 1 of the top: 7 to ([0-9]+) products": 0,
         "ridge 0.0001 of the top: 19 to ([0-9]+) products": 0,
         "([0-9]+) of 252 doctored": 0,
+        "suite: of ([0-9]+) cases first": 0,
+        "suite: .*cut off on ([0-9]+)": 0,
+        "suite, .*: torch L-BFGS at ([0-9.]+) times": 1,
+        **{
+            f"large, layer {layer}, {target}.*: {figure}": 1
+            for layer in (0, 3, 5)
+            for target in ("the best", "SOAP")
+            for figure in ("sooner ([0-9.]+) times", ".*lower ([0-9.]+)%")
+        },
+        **{f"large, layer {layer}: ([0-9.]+)% lower": 1 for layer in (0, 3, 5)},
         "kv4, cosine: .*adam 40 s, 100k tokens more: ([0-9.]+)": 4,
         "kv4, cosine: .*ours 40 s, 100k tokens more: ([0-9.]+)": 4,
         "kv4, cosine: .*ours 240 s, 300k tokens more: ([0-9.]+)": 4,

@@ -1,6 +1,5 @@
 """The public table: peers are found, files resumed, profiles right, Markdown as the JSON says."""
 
-import argparse
 import contextlib
 import json
 import math
@@ -10,7 +9,7 @@ import torch
 
 from benchmarks import common, large_layers, planted_suite, profiles, table
 from benchmarks.common import Clock
-from benchmarks.layer_problem import Data, Layer
+from benchmarks.layer_problem import Data
 from benchmarks.peers import OURS, Peer, PlantedArrays, Trace, base, found, installed, run
 from benchmarks.peers.adam import Adam
 from benchmarks.peers.lbfgs import LBFGS
@@ -160,7 +159,7 @@ def test_tiers_have_all_conditionings_and_noise_levels():
 def results(tmp_path, monkeypatch):
     """An empty folder of results and a quiet console."""
     monkeypatch.setattr(common, "RESULTS", tmp_path)
-    for module in (common, planted_suite, large_layers):
+    for module in (common, planted_suite):
         monkeypatch.setattr(module.console, "print", lambda *text, **options: None)
     return tmp_path
 
@@ -192,105 +191,6 @@ def test_the_suite_goes_on_where_it_was(results, monkeypatch):
     assert asked == []
 
 
-def test_a_row_of_a_layer_is_kept(results, monkeypatch):
-    done = []
-    row = {"setting": "s", "errors": {}}
-    monkeypatch.setattr(large_layers, "run", lambda *given: None)
-    monkeypatch.setattr(large_layers, "our_row", lambda bed, tier: done.append("attnreg") or row)
-    monkeypatch.setattr(large_layers, "peer_row", lambda p, bed, tier: done.append(p.name) or row)
-    rows, saved = {"Adam": row}, []
-    bed = type("Bed", (), {"calibration": None, "start": None})
-    tier = large_layers.TIERS["quick"]
-    large_layers.run_layer("layer 3", bed, LAYERED, tier, rows, lambda: saved.append(len(rows)))
-    assert set(rows) == {OURS.name, *(peer.name for peer in LAYERED)}
-    assert "Adam" not in done
-    assert saved == list(range(2, len(rows) + 1))
-
-
-def test_layers_side_by_side_add_to_one_file(results, monkeypatch):
-    """Another run's layer stays; `--fresh` and other settings begin anew."""
-    path = results / "large_layers-large.json"
-    row = {"setting": "s", "seconds": 1.0, "errors": dict.fromkeys(large_layers.SCORED, 0.5)}
-    row |= {"readout": "as it is", "curve": []}
-    bed = type("Bed", (), {"start": None, "errors": lambda self, _: row["errors"]})
-    asked = []
-
-    def run_layer(name, bed, peers, tier, rows, keep):
-        asked.append(name)
-        beside = path.exists()
-        if beside:  # another run is done with its layer, and with a row of this one
-            content = json.loads(path.read_text())
-            content["layers"]["layer 9"] = {"rows": {}}
-            content["layers"][name] = {"rows": {"other": row}, "longer": longer}
-            path.write_text(json.dumps(content))
-        rows |= {OURS.name: row} | {peer.name: row for peer in peers}
-        keep()
-        assert ("other" in rows) == beside
-
-    monkeypatch.setattr(large_layers, "run_layer", run_layer)
-    monkeypatch.setattr(large_layers, "load_bed", lambda *given: bed())
-    longer = {"seconds": 3.0, "errors": row["errors"]}
-    made = []
-    monkeypatch.setattr(
-        large_layers, "our_longer_fit", lambda bed, seconds: made.append(seconds) or longer
-    )
-    monkeypatch.setattr(large_layers, "print_layer", lambda *given: None)
-    given = ["--tier", "large", "--threads", "1", "--layers"]
-
-    def layers_after(*arguments):
-        large_layers.main([*given, *arguments])
-        return json.loads(path.read_text())["layers"]
-
-    assert list(layers_after("5")) == ["layer 5"]
-    first = layers_after("3")
-    assert list(first) == ["layer 3", "layer 5", "layer 9"]
-    assert first["layer 3"]["longer"] == longer
-    assert "other" in first["layer 3"]["rows"]
-    assert made == [360.0]  # of layer 5; the other run has made that of layer 3
-    assert layers_after("3", "5") == first
-    assert asked == ["layer 5", "layer 3"]
-    asked.clear()
-    path.unlink()
-    assert list(layers_after("5", "--seconds", "9")) == ["layer 5"]
-    assert list(layers_after("0", "--fresh")) == ["layer 0"]
-
-
-def test_the_best_finalist_is_the_row(monkeypatch):
-    """Trials choose the finalists, validation at the end the best of them."""
-    ends = {"a": [0.3, 0.5], "b": [0.2, 0.4], "c": [0.9, 0.1]}
-    asked = []
-
-    class Named:
-        def __init__(self, name):
-            self.name = name
-
-    class Bed:
-        calibration = start = None
-
-        def validation(self, weights):
-            return weights
-
-        def best_errors(self, weights):
-            return dict.fromkeys(large_layers.SCORED, weights) | {"readout": "solved"}
-
-    def run(method, data, start, seconds, fractions=()):
-        asked.append((method.name, bool(fractions)))
-        trace = Trace(seconds=[seconds], losses=[1.0])
-        trace.total_seconds = seconds
-        trace.weights = ends[method.name][0]
-        trace.snapshots = [(seconds / 2, 0.6), (seconds, ends[method.name][1])]
-        return trace
-
-    monkeypatch.setattr(large_layers, "run", run)
-    tier = large_layers.Tier((3,), 1, 1, 40.0, 0.25, 2, 3)
-    row = large_layers.peer_row(Peer("p", (), tuple(map(Named, "abc"))), Bed(), tier)
-    assert asked == [*((name, False) for name in "abc"), ("b", True), ("a", True)]
-    assert row["trials"] == {"a": 0.3, "b": 0.2, "c": 0.9}
-    assert row["finals"] == {"b": 0.4, "a": 0.5}
-    assert (row["setting"], row["errors"]["validation"], row["readout"]) == ("b", 0.4, "solved")
-    assert [seconds for seconds, _ in row["curve"]] == [20.0, 40.0]
-
-
 def test_a_case_has_the_best_setting_and_medians():
     case = planted_suite.Case(3, 12, 2, 0.0, 0.1)
     peers = [Peer("torch L-BFGS", (LBFGS(10), LBFGS(30))), Peer("Adam", (Adam(0.1),))]
@@ -309,29 +209,6 @@ def test_a_case_has_the_best_setting_and_medians():
 def test_runs_that_do_not_arrive_do_not_count():
     assert planted_suite.arrival([0.3, None, 0.1, 0.2]) == 0.2
     assert planted_suite.arrival([None, None]) is None
-
-
-def test_verdicts_compare_with_the_best_of_each_target():
-    def row(name, seconds, *errors):
-        curve = [[s, {"validation": e}] for s, e in zip(seconds, errors, strict=True)]
-        return {
-            "setting": name,
-            "seconds": seconds[-1],
-            "errors": {"validation": errors[-1]},
-            "curve": curve,
-        }
-
-    rows = {
-        OURS.name: row("attnreg", (12.0, 24.0, 120.0), 0.5, 0.4, 0.3),
-        "Adam": row("a", (120.0,), 0.45),
-        "Muon": row("m", (120.0,), 0.41),
-        "SOAP": row("s", (120.0,), 0.2),
-    }
-    first, soap = large_layers.verdicts({"rows": rows}).values()
-    assert (first["setting"], first["seconds"], first["sooner"]) == ("m", 24.0, 5.0)
-    assert first["lower_at_the_end"] == pytest.approx(1 - 0.3 / 0.41)
-    assert (soap["seconds"], soap["sooner"]) == (None, None)
-    assert soap["lower_at_the_end"] == pytest.approx(-0.5)
 
 
 # ---------------------------------------------------------------------- profiles, Markdown
@@ -449,39 +326,3 @@ def test_pictures_are_drawn(tmp_path):
     profiles.draw_layers(_layers(), tmp_path / "layers.png")
     for name in ("suite.png", "layers.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-
-
-# ---------------------------------------------------------------------- other devices
-
-
-def test_another_device_or_precision_has_a_file_of_its_own():
-    options = argparse.Namespace(device="cpu", precision="float32", tier="bench")
-    path, facts = large_layers._place(options)
-    assert (path.name, facts) == ("large_layers.json", {})
-    options.precision = "bf16"
-    path, facts = large_layers._place(options)
-    assert path.name == "large_layers-bench-cpu-bf16.json"
-    assert facts == {"device": "cpu", "precision": "bf16"}
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        (["--device", "nowhere"], "device 'nowhere' cannot be used"),
-        (["--precision", "tf32"], "precision tf32 needs a CUDA device"),
-    ],
-)
-def test_a_device_that_is_not_there_is_refused(given, said, capsys):
-    with pytest.raises(SystemExit) as error:
-        large_layers.main([*given, "--quick"])
-    assert error.value.code == 2
-    assert said in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_a_layer_goes_to_another_device_whole():
-    data, start = _layer()
-    layer = Layer(data, data, start, start).to("meta")
-    tensors = [layer.train.A, layer.train.B, layer.held_out.A, layer.held_out.B]
-    tensors += [*layer.pooled.values(), *layer.weights.values()]
-    assert {tensor.device.type for tensor in tensors} == {"meta"}
-    assert layer.train.model == data.model
