@@ -19,7 +19,8 @@ attnreg, given three times the time: no row, but what is left to gain at the end
 
 Rows in the results file that were made with the same settings on the same machine are kept: an
 interrupted run goes on with the same command, and runs with different `--layers` or `--only` side
-by side add to one file. `--fresh` begins anew.
+by side add to one file. A row with fewer finalists than the tier has is completed. `--fresh` begins
+anew.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class Tier:
 TIERS = {
     "quick": Tier((3,), 32, 16, 2.0, 0.25, 1, 1),
     "bench": Tier((3,), 256, 64, 12.0, 0.15, 1, 3),
-    "large": Tier((0, 3, 5), 1088, 128, 120.0, 0.1, 2, 3),
+    "large": Tier((0, 3, 5), 1088, 128, 120.0, 0.1, 4, 3),
 }
 
 
@@ -137,21 +138,44 @@ def load_bed(number: int, tier: Tier, device: str = "cpu") -> Bed:
 # ---------------------------------------------------------------------- rows
 
 
-def peer_row(peer: Peer, bed: Bed, tier: Tier) -> dict[str, Any]:
-    """The best setting of a peer: its curve, and its errors at the end over the repeats."""
-    trials: dict[str, float] = {}
-    for method in peer.layers if len(peer.layers) > 1 else ():
+def peer_row(
+    peer: Peer, bed: Bed, tier: Tier, before: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The best setting of a peer: its curve, and its errors at the end over the repeats.
+
+    Args:
+        peer: The peer.
+        bed: The layer.
+        tier: How much is run.
+        before: A row with fewer finalists, whose trials and finals are kept.
+    """
+    trials: dict[str, float] = dict(before["trials"]) if before else {}
+    finals: dict[str, float] = dict(before["finals"]) if before else {}
+    for method in peer.layers if len(peer.layers) > 1 and not before else ():
         trace = run(method, bed.calibration, bed.start, tier.seconds * tier.trial)
         trials[method.name] = bed.validation(trace.weights)
     ranked = sorted(peer.layers, key=lambda method: trials.get(method.name, 0.0))
-    finals: dict[str, float] = {}
     traces: dict[str, tuple[Method, Trace, dict[str, Any]]] = {}
     for method in ranked[: tier.finalists]:
+        if method.name in finals:
+            continue
         trace = run(method, bed.calibration, bed.start, tier.seconds, fractions=FRACTIONS)
         end = bed.best_errors(trace.snapshots[-1][1])
         finals[method.name], traces[method.name] = end["validation"], (method, trace, end)
     best = min(finals, key=lambda name: finals[name])
-    return {**_final(*traces[best], bed, tier), "trials": trials, "finals": finals}
+    row = _final(*traces[best], bed, tier) if best in traces else dict(before or {})
+    return {**row, "trials": trials, "finals": finals}
+
+
+def lacking(rows: Mapping[str, Any], peers: Sequence[Peer], tier: Tier) -> set[str]:
+    """Methods without a row, or with one of fewer finalists than the tier has."""
+    wanted = {peer.name: min(tier.finalists, len(peer.layers)) for peer in peers}
+    names = {name for name, count in wanted.items() if _finalists(rows.get(name)) < count}
+    return names | ({OURS.name} - set(rows))
+
+
+def _finalists(row: Mapping[str, Any] | None) -> int:
+    return 0 if row is None else len(row.get("finals", ()))
 
 
 def _final(
@@ -235,13 +259,16 @@ def verdicts(layer: Mapping[str, Any]) -> dict[str, Any]:
 def run_layer(
     name: str, bed: Bed, peers: Sequence[Peer], tier: Tier, rows: dict[str, Any], keep: Callable
 ) -> None:
-    """Fills `rows` with those that are missing, and calls `keep` after each."""
-    work = {peer.name: lambda peer=peer: peer_row(peer, bed, tier) for peer in peers}
+    """Fills `rows` with those that are lacking, and calls `keep` after each."""
+    work = {
+        peer.name: lambda peer=peer: peer_row(peer, bed, tier, rows.get(peer.name))
+        for peer in peers
+    }
     work[OURS.name] = lambda: our_row(bed, tier)
     for method in (OURS, *(peer.layers[0] for peer in peers)):
         run(method, bed.calibration, bed.start, WARM_UP)
     for row, make in work.items():
-        if row not in rows:
+        if row in lacking(rows, peers, tier):
             rows[row] = make()
             console.print(f"[dim]{name}, {rows[row]['setting']} done[/dim]")
             keep()
@@ -269,8 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for number in tier.layers:
         name = f"layer {number}"
         layer = content["layers"].setdefault(name, {"rows": {}})
-        wanted = {OURS.name, *(peer.name for peer in peers)} - set(layer["rows"])
-        if not wanted and (times is None or "longer" in layer):
+        if not lacking(layer["rows"], peers, tier) and (times is None or "longer" in layer):
             continue
         if options.minutes is not None and clock.seconds() > 60 * options.minutes:
             console.print(f"[yellow]{name} is left out: {options.minutes:g} min over[/yellow]")
@@ -292,7 +318,10 @@ def _write(path: Path, content: dict[str, Any], own: str) -> None:
     layer, layers = content["layers"][own], resumed(path, content, "layers")
     for entry, made in layers.get(own, {}).items():
         layer.setdefault(entry, made)
-    layer["rows"] |= layers.get(own, layer)["rows"] | layer["rows"]
+    rows = layer["rows"]
+    for name, made in layers.get(own, layer)["rows"].items():
+        if name not in rows or _finalists(made) > _finalists(rows[name]):
+            rows[name] = made
     content["layers"] = dict(sorted({**layers, own: layer}.items()))
     write_json(path, content)
 

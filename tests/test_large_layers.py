@@ -25,10 +25,10 @@ def results(tmp_path, monkeypatch):
 
 def test_a_row_of_a_layer_is_kept(results, monkeypatch):
     done = []
-    row = {"setting": "s", "errors": {}}
+    row = {"setting": "s", "errors": {}, "finals": {"s": 1.0}}
     monkeypatch.setattr(large_layers, "run", lambda *given: None)
     monkeypatch.setattr(large_layers, "our_row", lambda bed, tier: done.append("attnreg") or row)
-    monkeypatch.setattr(large_layers, "peer_row", lambda p, bed, tier: done.append(p.name) or row)
+    monkeypatch.setattr(large_layers, "peer_row", lambda p, *given: done.append(p.name) or row)
     rows, saved = {"Adam": row}, []
     bed = type("Bed", (), {"calibration": None, "start": None})
     tier = large_layers.TIERS["quick"]
@@ -42,7 +42,7 @@ def test_layers_side_by_side_add_to_one_file(results, monkeypatch):
     """Another run's layer stays; `--fresh` and other settings begin anew."""
     path = results / "large_layers-large.json"
     row = {"setting": "s", "seconds": 1.0, "errors": dict.fromkeys(large_layers.SCORED, 0.5)}
-    row |= {"readout": "as it is", "curve": []}
+    row |= {"readout": "as it is", "curve": [], "finals": dict.fromkeys("abcd", 0.5)}
     bed = type("Bed", (), {"start": None, "errors": lambda self, _: row["errors"]})
     asked = []
 
@@ -120,6 +120,18 @@ def test_the_best_finalist_is_the_row(monkeypatch):
     assert row["finals"] == {"b": 0.4, "a": 0.5}
     assert (row["setting"], row["errors"]["validation"], row["readout"]) == ("b", 0.4, "solved")
     assert [seconds for seconds, _ in row["curve"]] == [20.0, 40.0]
+    asked.clear()  # with one more finalist, which is better, the rest is kept
+    wider = large_layers.Tier((3,), 1, 1, 40.0, 0.25, 3, 3)
+    peer = Peer("p", (), tuple(map(Named, "abc")))
+    assert large_layers.lacking({"p": row, OURS.name: {}}, [peer], tier) == set()
+    assert large_layers.lacking({"p": row}, [peer], wider) == {"p", OURS.name}
+    completed = large_layers.peer_row(peer, Bed(), wider, row)
+    assert asked == [("c", True)]
+    assert (completed["setting"], completed["trials"]) == ("c", row["trials"])
+    assert completed["finals"] == row["finals"] | {"c": 0.1}
+    ends["c"][1] = 0.8  # and where it is not better, the row is
+    worse = large_layers.peer_row(peer, Bed(), wider, row)
+    assert worse == row | {"finals": row["finals"] | {"c": 0.8}}
 
 
 def test_verdicts_compare_with_the_best_of_each_target():
