@@ -12,8 +12,8 @@ minimum, differs a little from run to run). Compiling and first calls are not on
     python -m benchmarks.planted_suite --tier bench --minutes 17
 
 Cases in the results file that were made with the same settings on the same machine are kept: an
-interrupted run goes on with the same command. Other settings, another machine and `--fresh` begin
-anew, and the file is written over.
+interrupted run goes on with the same command, and runs with different `--widths` side by side add
+to one file. Other settings, another machine and `--fresh` begin anew, and the file is written over.
 """
 
 from __future__ import annotations
@@ -219,13 +219,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "peers": {peer.name: [m.name for m in peer.planted] for peer in (OURS_AS_PEER, *peers)},
     }
     content: dict[str, Any] = {"machine": machine(), "setting": setting, "missing": missing}
-    content["planned"] = len(cases(options.tier))
+    planned = cases(options.tier)
+    content["planned"] = len(planned)
+    if options.fresh and options.only is None:
+        path.unlink(missing_ok=True)
     content["cases"] = {} if options.fresh else resumed(path, content, "cases")
     for name, reason in missing.items():
         console.print(f"[yellow]{name} is not run: {reason}[/yellow]")
     began, warm = time.perf_counter(), set()
-    for case in cases(options.tier):
-        if case.name in content["cases"]:
+    for case in planned:
+        if case.name in content["cases"] or (options.widths and case.width not in options.widths):
             continue
         if options.minutes is not None and time.perf_counter() - began > 60 * options.minutes:
             console.print(f"[yellow]{case.name} is left out: {options.minutes:g} min over[/yellow]")
@@ -233,9 +236,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if (size := (case.width, case.rows, case.sequences)) not in warm:
             warm_up(peers, case.make())
             warm.add(size)
-        content["cases"][case.name] = run_case(case, peers, options.seconds, options.repeats)
-        print_case(case.name, content["cases"][case.name])
+        made = run_case(case, peers, options.seconds, options.repeats)
+        print_case(case.name, made)
         if options.only is None:
+            there = {**resumed(path, content, "cases"), case.name: made}  # of runs side by side too
+            content["cases"] = {c.name: there[c.name] for c in planned if c.name in there}
             write_json(path, content)
 
 
@@ -262,6 +267,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tier", choices=("quick", "bench", "large"), default="bench")
     parser.add_argument("--seconds", type=float, help="of a run (0.6, 2.5 or 20)")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--widths", nargs="+", type=int, help="only cases of these widths d")
     parser.add_argument("--minutes", type=float, help="no case is begun after that")
     parser.add_argument(
         "--clock",

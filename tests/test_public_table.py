@@ -191,6 +191,25 @@ def test_the_suite_goes_on_where_it_was(results, monkeypatch):
     assert asked == []
 
 
+def test_runs_of_other_widths_side_by_side_add_to_one_file(results, monkeypatch):
+    monkeypatch.setattr(planted_suite, "BENCH", ((3, 12, 2), (4, 10, 1)))
+    monkeypatch.setattr(planted_suite, "warm_up", lambda peers, instance: None)
+    entry = {"rows": {}, "best_loss": 1.0, "initial_loss": 1.0}
+    asked = []
+
+    def run_case(case, peers, seconds, repeats):
+        asked.append(case.width)
+        if len(asked) == 1:  # another run makes all of its own cases meanwhile
+            planted_suite.main(["--threads", "1", "--widths", "4"])
+        return entry
+
+    monkeypatch.setattr(planted_suite, "run_case", run_case)
+    planted_suite.main(["--threads", "1", "--widths", "3"])
+    assert asked == [3, 4, 4, 4, 3, 3]
+    names = [case.name for case in planted_suite.cases("bench")]
+    assert list(json.loads((results / "planted_suite.json").read_text())["cases"]) == names
+
+
 def test_a_case_has_the_best_setting_and_medians():
     case = planted_suite.Case(3, 12, 2, 0.0, 0.1)
     peers = [Peer("torch L-BFGS", (LBFGS(10), LBFGS(30))), Peer("Adam", (Adam(0.1),))]
