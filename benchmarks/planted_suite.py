@@ -221,14 +221,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     content: dict[str, Any] = {"machine": machine(), "setting": setting, "missing": missing}
     planned = cases(options.tier)
     content["planned"] = len(planned)
-    if options.fresh and options.only is None:
+    saved = options.only is None
+    if options.fresh and saved:
         path.unlink(missing_ok=True)
-    content["cases"] = {} if options.fresh else resumed(path, content, "cases")
     for name, reason in missing.items():
         console.print(f"[yellow]{name} is not run: {reason}[/yellow]")
     began, warm = time.perf_counter(), set()
     for case in planned:
-        if case.name in content["cases"] or (options.widths and case.width not in options.widths):
+        there = resumed(path, content, "cases") if saved else {}  # runs side by side add to it
+        if case.name in there or (options.widths and case.width not in options.widths):
             continue
         if options.minutes is not None and time.perf_counter() - began > 60 * options.minutes:
             console.print(f"[yellow]{case.name} is left out: {options.minutes:g} min over[/yellow]")
@@ -238,8 +239,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             warm.add(size)
         made = run_case(case, peers, options.seconds, options.repeats)
         print_case(case.name, made)
-        if options.only is None:
-            there = {**resumed(path, content, "cases"), case.name: made}  # of runs side by side too
+        if saved:
+            there = {**resumed(path, content, "cases"), case.name: made}
             content["cases"] = {c.name: there[c.name] for c in planned if c.name in there}
             write_json(path, content)
 

@@ -206,6 +206,8 @@ def test_runs_of_other_widths_side_by_side_add_to_one_file(results, monkeypatch)
     monkeypatch.setattr(planted_suite, "run_case", run_case)
     planted_suite.main(["--threads", "1", "--widths", "3"])
     assert asked == [3, 4, 4, 4, 3, 3]
+    planted_suite.main(["--threads", "1", "--only", "nobody", "--widths", "3"])  # saves nothing
+    assert asked[6:] == [3, 3, 3]
     names = [case.name for case in planted_suite.cases("bench")]
     assert list(json.loads((results / "planted_suite.json").read_text())["cases"]) == names
 
