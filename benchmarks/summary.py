@@ -205,7 +205,7 @@ def _conversion(content: dict[str, Any]) -> list[str]:
 
 
 def _suite(content: dict[str, Any]) -> list[str]:
-    cases = content["cases"].values()
+    cases, label = content["cases"].values(), f"suite {content['setting']['tier']}"
     first = arrived = cut_off = 0
     for case in cases:
         ours, times = case["rows"][OURS], [row["seconds"] for row in case["rows"].values()]
@@ -213,16 +213,15 @@ def _suite(content: dict[str, Any]) -> list[str]:
         arrived += ours["seconds"] is not None
         first += ours["seconds"] is not None and ours["seconds"] == min(there)
         cut_off += ours["status"] == "TIME"
-    lines = [
-        f"suite: of {len(cases)} cases first on {first}, arrived on {arrived}, cut off on {cut_off}"
-    ]
+    lines = []
     for name, case in content["cases"].items():
         peers = {peer: row["seconds"] for peer, row in case["rows"].items() if peer != OURS}
         there = {peer: seconds for peer, seconds in peers.items() if seconds is not None}
         if there and (ours := case["rows"][OURS]["seconds"]):
             best = min(there, key=lambda peer: there[peer])
-            lines.append(f"suite, {name}: {best} at {there[best] / ours:.1f} times the seconds")
-    return lines
+            lines.append(f"{label}, {name}: {best} at {there[best] / ours:.1f} times the seconds")
+    counts = f"first on {first}, arrived on {arrived}, cut off on {cut_off}, peers on {len(lines)}"
+    return [f"{label}: of {len(cases)} cases {counts}", *lines]
 
 
 def _large(content: dict[str, Any]) -> list[str]:
@@ -256,6 +255,7 @@ def _multimodal(content: dict[str, Any]) -> list[str]:
 LINES = {
     "planted": _planted,
     "planted_suite": _suite,
+    "planted_suite-large": _suite,
     "large_layers-large": _large,
     "real_layer": _layer,
     "product_cost": _product,
