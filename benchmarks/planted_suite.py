@@ -281,6 +281,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parse(parser, arguments, threads=1)
     if options.quick:
         options.tier, options.fresh = "quick", True
+    widths = sorted({case.width for case in cases(options.tier)})
+    if wrong := sorted(set(options.widths or ()) - set(widths)):
+        parser.error(f"--widths: tier {options.tier} has {widths}, not {wrong}")
     if options.seconds is None:
         options.seconds = {"quick": 0.6, "bench": 2.5, "large": 20.0}[options.tier]
     return options

@@ -212,6 +212,14 @@ def test_runs_of_other_widths_side_by_side_add_to_one_file(results, monkeypatch)
     assert list(json.loads((results / "planted_suite.json").read_text())["cases"]) == names
 
 
+def test_widths_that_a_tier_has_not_are_refused(results, capsys):
+    with pytest.raises(SystemExit) as error:
+        planted_suite.main(["--tier", "large", "--widths", "8", "7"])
+    assert error.value.code == 2
+    assert "tier large has [8, 16, 32, 64], not [7]" in capsys.readouterr().err
+    assert not list(results.iterdir())
+
+
 def test_a_case_has_the_best_setting_and_medians():
     case = planted_suite.Case(3, 12, 2, 0.0, 0.1)
     peers = [Peer("torch L-BFGS", (LBFGS(10), LBFGS(30))), Peer("Adam", (Adam(0.1),))]
