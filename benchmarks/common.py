@@ -20,6 +20,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from attnreg.validation import usable_device
+
 PROCESSOR = time.process_time
 """Timer of runs on a core that others use too; it adds up threads, so that it is for one."""
 
@@ -71,6 +73,19 @@ def command_line(name: str, description: str | None, *, quick: str) -> argparse.
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--threads", type=int, help="of torch")
     return parser
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The option for a device, refused in one line where there is none such."""
+    parser.add_argument("--device", type=_device, default="cpu", help="such as cuda")
+
+
+def _device(name: str) -> str:
+    try:
+        usable_device(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return name
 
 
 def parse(

@@ -36,10 +36,10 @@ from typing import Any
 import torch
 
 from attnreg.roofline.precision import PRECISIONS, check_precision, matmul_precision
-from attnreg.validation import usable_device
 from benchmarks import minilm
 from benchmarks.common import (
     Clock,
+    add_device,
     command_line,
     console,
     machine,
@@ -377,11 +377,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="no layer is begun after that")
     parser.add_argument("--only", help="only peers whose name contains this")
     parser.add_argument("--fresh", action="store_true", help="keep nothing of the results file")
-    parser.add_argument("--device", default="cpu", help="such as cuda")
+    add_device(parser)
     parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of products")
     options = parse(parser, arguments)
     try:
-        check_precision(options.precision, torch.float32, usable_device(options.device))
+        check_precision(options.precision, torch.float32, torch.device(options.device))
     except ValueError as error:
         parser.error(str(error))
     if options.quick:

@@ -18,7 +18,16 @@ import torch
 
 from attnreg.roofline import Roofline, Sizes, measure
 from attnreg.roofline.picture import draw
-from benchmarks.common import command_line, console, machine, parse, print_table, save, show
+from benchmarks.common import (
+    add_device,
+    command_line,
+    console,
+    machine,
+    parse,
+    print_table,
+    save,
+    show,
+)
 
 PICTURE = Path(__file__).parent.parent / "docs" / "roofline.png"
 BARS = {"features": 0.6, "JVP": 0.6, "VJP": 0.6, "Gauss-Newton": 0.6, "Newton step": 0.5}
@@ -54,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; see the module's docstring."""
     parser = command_line("roofline", __doc__, quick="4 sequences, few turns")
     parser.add_argument("--repeats", type=int, help="turns (15)")
-    parser.add_argument("--device", default="cpu", help="such as cuda")
+    add_device(parser)
     options = parse(parser, arguments)
     repeats = options.repeats or (3 if options.quick else 15)
     sizes = Sizes(sequences=4) if options.quick else Sizes()

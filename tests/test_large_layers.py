@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from attnreg import MultiHead
-from benchmarks import common, large_layers
+from benchmarks import common, large_layers, roofline
 from benchmarks.layer_problem import Data, Layer
 from benchmarks.peers import OURS, Peer, Trace, found
 
@@ -177,7 +177,7 @@ def test_another_device_or_precision_has_a_file_of_its_own():
         (["--precision", "tf32"], "precision tf32 needs a CUDA device"),
     ],
 )
-def test_a_device_that_is_not_there_is_refused(given, said, capsys):
+def test_a_device_or_precision_that_is_not_there_is_refused(given, said, capsys):
     with pytest.raises(SystemExit) as error:
         large_layers.main([*given, "--quick"])
     assert error.value.code == 2
@@ -192,3 +192,10 @@ def test_a_layer_goes_to_another_device_whole():
     tensors += [*layer.pooled.values(), *layer.weights.values()]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert layer.train.model == data.model
+
+
+def test_the_roofline_refuses_a_device_in_the_same_words(capsys):
+    with pytest.raises(SystemExit) as error:
+        roofline.main(["--device", "nowhere", "--quick"])
+    assert error.value.code == 2
+    assert "device 'nowhere' cannot be used" in capsys.readouterr().err.splitlines()[-1]
