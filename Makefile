@@ -57,7 +57,7 @@ bench-quick: $(INSTALLED_BENCH)  ## the public table in small, printed (under 4 
 	@$(BIN)/python -m benchmarks.table --quick
 
 bench: $(INSTALLED_BENCH)  ## the public table, docs/benchmarks.md (under 30 minutes; goes on where it was)
-	@$(BIN)/python -m benchmarks.planted_suite --minutes 16
+	@$(BIN)/python -m benchmarks.planted_suite --minutes 12
 	@$(BIN)/python -m benchmarks.large_layers
 	@$(BIN)/python -m benchmarks.table
 

@@ -22,6 +22,7 @@ NAMES = (
     "growth",
     "complexity",
     "certificates",
+    "little_data",
     "large_layers",
     "planted_suite",
     "real_layer",

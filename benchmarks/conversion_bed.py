@@ -150,6 +150,7 @@ def peer(
     method: str, seconds: float, rates: Sequence[float], windows: int, seed: int
 ) -> Callable[..., Any]:
     """What takes the place of `fit_layer` for a method."""
+    from attnreg.result import relative_error
     from attnreg.transformers import layer_fit
     from attnreg.transformers.starts import best_start, solve_readout, starts
 
@@ -181,14 +182,14 @@ def peer(
             found = unfitted(few, teacher, model)
         else:
             found = fitted(problem, few, teacher, model)
-        errors = {n: layer_fit.relative_error(validation, model, w) for n, w in found.items()}
+        errors = {n: relative_error(validation, model, w) for n, w in found.items()}
         name = min(errors, key=lambda n: errors[n])
         return layer_fit.LayerFit(
             weights={n: value.float() for n, value in found[name].items()},
             start=name,
             tried=errors,
             start_error=errors[name],
-            error=layer_fit.relative_error(problem, model, found[name]),
+            error=relative_error(problem, model, found[name]),
             held_out_error=errors[name],
             iterations=0,
         )

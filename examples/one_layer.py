@@ -22,8 +22,8 @@ def main(folder: str, text: str, layer: int = 0) -> None:
         for input_ids, attention_mask in windows.batches(8):
             model(input_ids=input_ids, attention_mask=attention_mask)
     problem = captured.problem(layer)
-    held_out = problem.subset(range(0, problem.n_sequences, 8))
-    fitted = problem.subset(i for i in range(problem.n_sequences) if i % 8)
+    held_out, validation = (problem.subset(range(i, problem.n_sequences, 8)) for i in (0, 4))
+    fitted = problem.subset(i for i in range(problem.n_sequences) if i % 4)
 
     adapter = adapter_for(model.config)
     shape = adapter.shape(model.config, layer)
@@ -31,7 +31,10 @@ def main(folder: str, text: str, layer: int = 0) -> None:
     student = shape.student(kv_heads=shape.kv_heads // 2).model()
     start = best_start(fitted, shape.model(), weights, student)
     print(f"starts: { {name: round(error, 3) for name, error in start.tried.items()} }")
-    result = attnreg.fit(fitted, student, init=start.weights, max_seconds=20, progress=True)
+    result = attnreg.fit_validated(
+        fitted, validation, student, init=start.weights, max_seconds=20, progress=True
+    )
+    print(result.notes[0])
 
     for name, parameters in (("start", start.weights), ("fit", result.parameters)):
         predicted = attnreg.predict(student, parameters, held_out)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import attnreg
 from attnreg.objective import Objective, Point
 from tests.cases import CASES, MODELS, twin
 from tests.twins import normal, relative
@@ -126,3 +127,41 @@ def test_multihead_ridge_needs_a_centre():
     problem = t.case.problem().replace(center=None)
     with pytest.raises(ValueError, match="center=weights"):
         Objective(problem, t.model)
+
+
+@pytest.mark.parametrize("name", ["W_Q", "W_K", "W_V", "W_O"])
+def test_a_multihead_ridge_is_the_change_that_it_says(name):
+    # One weight changes and the others do not, so that the logits or the outputs are linear in it.
+    model, scale = attnreg.MultiHead(heads=4, kv_heads=2, head_dim=2, bias=False), 2**-0.5
+    problem = attnreg.AttentionProblem(
+        normal(3, 10, 6, seed=1), normal(3, 10, 5, seed=2), mask="causal"
+    )
+    start = {
+        key: normal(*value.shape, seed=3 + i)
+        for i, (key, value) in enumerate(model.start(problem, 0).items())
+    }
+    change = normal(*start[name].shape, seed=9)
+    # The ridge sums the logits over all heads, and over all pairs of a row and a key.
+    ridge_x = 0.3 * problem.target_norm_squared / (30 * 4 * 30)
+    objective = Objective(problem.replace(ridge_x=ridge_x, ridge_y=0.3, center=start), model)
+    moved = start | {name: start[name] + change}
+    found = objective.ridge_value(*model.split(problem, moved))
+    inputs = problem.batches[0].A1
+    if name in ("W_V", "W_O"):
+        moves = attnreg.predict(model, moved, problem) - attnreg.predict(model, start, problem)
+        # Values are measured by the pooled inputs, without the softmax's averages.
+        if name == "W_V":
+            rows = inputs.flatten(0, 1) @ change
+            out = start["W_O"].unflatten(0, (4, 2))
+            moves = [rows.unflatten(1, (2, 2))[:, head // 2] @ out[head] for head in range(4)]
+        expected = 0.3 * sum(float(move.square().sum()) for move in moves)
+    else:
+        parts = {"W_Q": start["W_Q"], "W_K": start["W_K"], name: change}
+        queries = (scale * inputs.flatten(0, 1) @ parts["W_Q"]).unflatten(1, (4, 2))
+        centred = inputs - inputs.mean(1, keepdim=True)
+        keys = (centred.flatten(0, 1) @ parts["W_K"]).unflatten(1, (2, 2))
+        keys = keys.repeat_interleave(2, dim=1)
+        logits = torch.einsum("nhe,mhe->hnm", queries, keys)
+        expected = 0.3 * problem.target_norm_squared * float(logits.square().mean())
+    # Both are sums in float64.
+    assert found == pytest.approx(expected, rel=1e-10)

@@ -224,7 +224,9 @@ def test_auto_goes_from_mini_batches_to_curvature():
     assert set(phases[last + 1 :]) & {"gauss-newton", "newton"}
     numbers = [record.iteration for record in result.history]
     assert numbers == sorted(numbers)
-    assert any("residuals a parameter, at least 20" in note for note in result.notes)
+    assert any(
+        f"residuals a parameter, at least {choice.REDUNDANT}" in note for note in result.notes
+    )
     assert any(f"went on after {epochs} epochs of mini-batches" in n for n in result.notes)
     few = attnreg.fit(problem, MODEL, init=start, solver="auto", max_iterations=2)
     timed = attnreg.fit(
@@ -260,7 +262,7 @@ def test_auto_takes_curvature_where_data_are_scarce_or_the_model_bilinear():
     plain = attnreg.fit(problem, MODEL, init=start, max_iterations=5)
     assert automatic.loss == plain.loss
     assert automatic.solver == "trust-region"
-    assert any("less than 20" in note for note in automatic.notes)
+    assert any(f"less than {choice.REDUNDANT}" in note for note in automatic.notes)
     inputs = torch.randn(400, 2, 2, generator=torch.Generator().manual_seed(0))
     bilinear = attnreg.fit(
         attnreg.AttentionProblem(inputs, inputs), solver="auto", max_iterations=2

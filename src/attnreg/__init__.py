@@ -3,7 +3,8 @@
 Reading order: a :class:`AttentionProblem` is inputs and outputs of an attention layer; a model
 (:class:`Bilinear`, the paper's ``X`` and ``Y``, or :class:`MultiHead`) says what is fitted;
 :func:`fit` minimises the objective and returns a :class:`FitResult` with its :class:`Status`
-and one :class:`IterationRecord` an iteration; :func:`verify` says in a :class:`Certificate` what is
+and one :class:`IterationRecord` an iteration; :func:`fit_validated` fits as far as other sequences
+say; :func:`verify` says in a :class:`Certificate` what is
 proven of parameters, whoever found them. The mathematics is in ``objective``, ``models``
 and ``curvature``; ``notation`` has the conventions. ``transformers`` applies all this to the models
 of Hugging Face, and :func:`load` loads a converted one; both need the extra ``attnreg[hf]``.
@@ -15,6 +16,7 @@ import os
 from typing import TYPE_CHECKING
 
 from attnreg.certificate import Certificate, Kind, verify
+from attnreg.early_stopping import fit_validated
 from attnreg.fitting import fit
 from attnreg.models import Bilinear, MultiHead, pool_kv_heads
 from attnreg.problem import AttentionProblem
@@ -37,6 +39,7 @@ __all__ = [
     "MultiHead",
     "Status",
     "fit",
+    "fit_validated",
     "load",
     "pool_kv_heads",
     "predict",

@@ -21,10 +21,12 @@ from torch import Tensor
 
 from attnreg import __version__, cli_bench, cli_conversion, cli_evaluation
 from attnreg.certificate import Certificate, Kind, verify
+from attnreg.early_stopping import fit_validated
 from attnreg.fitting import SOLVERS, fit
 from attnreg.masks import and_causal
 from attnreg.models import Bilinear, Model, MultiHead
 from attnreg.problem import AttentionProblem
+from attnreg.records import Status
 from attnreg.result import FitResult
 from attnreg.storage import read_tensors, write_tensors
 from attnreg.summaries import describe, fit_summary, problem_summary, show
@@ -76,6 +78,14 @@ Center = Annotated[
         metavar="FILE",
         help="What the ridges pull towards, as for --init. To continue a multi-head fit with a "
         "ridge, give the file that was --init at first: --init would move the pull.",
+    ),
+]
+Validation = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="More sequences, as in PROBLEM_FILE, that nothing is fitted on: mini-batches run as "
+        "long as the error on them falls, and they choose a ridge on W_O (Y).",
     ),
 ]
 Tol = Annotated[float, typer.Option(help="Bound on the gradient, relative to the targets.")]
@@ -137,6 +147,7 @@ def fit_command(
     init: Init = None,
     starts: Starts = 1,
     center: Center = None,
+    validation: Validation = None,
     solver: SolverName = SOLVERS[0],
     tol: Tol = 1e-8,
     max_seconds: MaxSeconds = None,
@@ -153,10 +164,10 @@ def fit_command(
     (bilinear) or head_dim^-0.5 (multi-head).
 
     The fit has converged when the dual norm of the reduced gradient in the natural metric is at
-    most --tol times ||B - mean||^2. Exit status: 0 converged, 2 bad input, 3 stopped before the
-    tolerance; the result is saved then too, also after Ctrl-C.
+    most --tol times ||B - mean||^2. Exit status: 0 converged, or chosen by --validation, 2 bad
+    input, 3 stopped before the tolerance; the result is saved then too, also after Ctrl-C.
     """
-    _check_out(out, problem_file)
+    _check_out(out, problem_file, *([] if validation is None else [validation]))
     problem = AttentionProblem.load(problem_file)
     start = None if init is None else _load_start(init)
     sizes = {"kv_heads": kv_heads, "head_dim": head_dim, "v_head_dim": v_head_dim}
@@ -164,26 +175,28 @@ def fit_command(
     problem = _override(problem, causal, scale=scale, ridge_x=ridge_x, ridge_y=ridge_y)
     pull, notes = _choose_center(problem, model, start, center)
     problem = _override(problem, False, center=pull)
+    shared: dict[str, Any] = {
+        "init": start,
+        "max_iterations": max_iterations,
+        "max_seconds": max_seconds,
+        "seed": seed,
+        "progress": sys.stderr.isatty() and not quiet,
+    }
     try:
-        result = fit(
-            problem,
-            model,
-            solver=solver,
-            init=start,
-            starts=starts,
-            tol=tol,
-            max_iterations=max_iterations,
-            max_seconds=max_seconds,
-            seed=seed,
-            certify=certify,
-            progress=sys.stderr.isatty() and not quiet,
-        )
+        if validation is not None:
+            _check_validated(solver, starts, certify)
+            other = _override(AttentionProblem.load(validation), causal, scale=scale)
+            result = fit_validated(problem, other, model, **shared)
+        else:
+            result = fit(
+                problem, model, solver=solver, starts=starts, tol=tol, certify=certify, **shared
+            )
     except KeyboardInterrupt:
         _stop("interrupted before the first iteration; nothing was saved", INTERRUPTED)
     result.save(out)
     summary = fit_summary(result) | {"notes": [*notes, *result.notes], "out": str(out)}
     show(summary, as_json=as_json, quiet=quiet)
-    sys.exit(0 if result.converged else NOT_CONVERGED)
+    sys.exit(0 if result.converged or result.status is Status.VALIDATED else NOT_CONVERGED)
 
 
 @app.command("verify")
@@ -288,9 +301,10 @@ def demo_command(
 
         run(out, seconds, as_json)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "matplotlib":
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("matplotlib", "transformers"):
             raise
-        _stop("the demo needs matplotlib: pip install 'attnreg[plots]'", BAD_INPUT)
+        _stop(f"the demo needs {missing}: pip install 'attnreg[hf,plots]'", BAD_INPUT)
 
 
 cli_conversion.add_to(app)
@@ -326,6 +340,18 @@ def _check_out(out: Path, *inputs: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"--out {out}: cannot write to its folder: {error.strerror}") from error
+
+
+def _check_validated(solver: str, starts: int, certify: bool) -> None:
+    """Options that do not go with --validation."""
+    wrong = [f"--solver {solver}"] if solver not in (SOLVERS[0], "stochastic") else []
+    wrong += [f"--starts {starts}"] if starts != 1 else []
+    wrong += ["--certify"] if certify else []
+    if wrong:
+        raise ValueError(
+            f"{' and '.join(wrong)} given with --validation, which fits by mini-batches from one "
+            "start and minimises no loss; leave out one or the other"
+        )
 
 
 def _load_start(path: Path) -> Start:

@@ -65,7 +65,7 @@ def fit(
             the same by conjugate gradients in the natural metric. The last two are for
             :class:`Bilinear` with both ridges, and descend from the start with constant forcing:
             no path and no other starts. ``"auto"`` takes mini-batches for a layer with at least
-            20 residuals a parameter: for all of ``max_seconds``, or, without it, in rounds twice
+            10 residuals a parameter: for all of ``max_seconds``, or, without it, in rounds twice
             as long each time until one gains less than a twentieth, after which ``"trust-region"``
             goes on from there; and ``"trust-region"`` for all else.
             A note of the result says which and why, and the history's phases show it.
@@ -104,7 +104,7 @@ def fit(
     began = time.perf_counter()
     model = Bilinear() if model is None else model
     automatic = solver == "auto"
-    _check_bounds(tol, max_iterations, max_seconds)
+    check_bounds(tol, max_iterations, max_seconds)
     check_solver(solver, problem, model)
     check_starts(starts, solver, model)
     if certify and solver == "stochastic":
@@ -281,7 +281,12 @@ def check_starts(starts: int, solver: str, model: Model) -> None:
         )
 
 
-def _check_bounds(tol: float, max_iterations: int, max_seconds: float | None) -> None:
+def check_bounds(tol: float, max_iterations: int, max_seconds: float | None) -> None:
+    """Whether a fit can have these bounds.
+
+    Raises:
+        ValueError: If one is out of range.
+    """
     if not (math.isfinite(tol) and tol > 0):
         raise ValueError(f"tol={tol} was given, a positive number such as 1e-8 is expected")
     if max_iterations < 0:

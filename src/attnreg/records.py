@@ -18,6 +18,7 @@ class Status(enum.Enum):
     INTERRUPTED = "interrupted"
     STOPPED = "stopped"
     DIVERGED = "diverged"
+    VALIDATED = "validated"
 
     @property
     def text(self) -> str:
@@ -46,6 +47,10 @@ _TEXTS = {
     Status.DIVERGED: (
         "the steps of the mini-batches left the range of numbers and this is the start: use "
         "solver='trust-region', or scale the problem"
+    ),
+    Status.VALIDATED: (
+        "of the points on the way the one with the lowest error on the validation sequences was "
+        "taken: it is the minimum of no loss"
     ),
     Status.STOPPED: "the callback asked to stop: this is the best iterate so far",
 }

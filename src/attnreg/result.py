@@ -199,6 +199,38 @@ def predict(
     return problem.unpad([p.view(shape) for p, shape in zip(parts, shapes, strict=True)])
 
 
+def relative_error(
+    problem: AttentionProblem, model: Model, parameters: Mapping[str, Tensor]
+) -> float:
+    """``||prediction - B||_F / ||B - mean||_F`` of a layer on a problem.
+
+    Args:
+        problem: Inputs and outputs.
+        model: The layer.
+        parameters: Its named parameters.
+
+    Returns:
+        The error, without unit.
+
+    Raises:
+        ValueError: If the parameters do not fit the model and the problem.
+    """
+    theta, readout = model.split(problem, parameters)
+    loss = 0.0
+    for batch in problem.batches:
+        sequences, rows = batch.B.shape[:2]
+        step = max(1, _ROWS // rows)
+        for i in range(0, sequences, step):
+            part = batch.part(i, min(i + step, sequences))
+            features = Features(problem, model, theta, products=False, batches=[part])
+            squares = (features.columns @ readout - part.B.flatten(0, 1)).double().square().sum(1)
+            loss += float(squares @ part.weights.double().flatten())
+    return problem.relative_error(loss)
+
+
+_ROWS = 8192
+"""Of which predictions are held at once, about."""
+
 _PLAIN = (
     "loss",
     "regularised_loss",

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import attnreg.cli
-from attnreg import FitResult, MultiHead, Status, __version__
+from attnreg import AttentionProblem, FitResult, MultiHead, Status, __version__, fit_validated
 from tests.cli.cases import FIT, MULTI, layer_weights, planted, random
 
 
@@ -240,12 +240,33 @@ def test_demo_is_called(run, monkeypatch):
     assert calls == [(Path("demo-output"), None, False), (Path("there"), 2.0, True)]
 
 
+def test_validation_chooses(run, layer):
+    others = AttentionProblem(*(random(3, 6, 4, seed=seed) for seed in (70, 71)), scale=layer.scale)
+    others.save("others.safetensors")
+    options = ("--init", "weights.safetensors", "--validation", "others.safetensors")
+    code, out, _ = run(*MULTI, *options, "--max-iterations", 8, "--json")
+    assert code == 0
+    summary = json.loads(out)
+    assert summary["status"] == "validated"
+    assert summary["converged"] is False
+    result = FitResult.load("fit.safetensors")
+    expected = fit_validated(
+        layer,
+        others,
+        result.model,
+        init=load_file("weights.safetensors"),
+        max_iterations=8,
+    )
+    assert result.loss == expected.loss
+    assert summary["notes"] == list(expected.notes)
+
+
 def test_demo_without_matplotlib(refused, monkeypatch):
     def fails(*arguments):
         raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
 
     monkeypatch.setattr("attnreg.demo.run", fails)
-    assert "pip install 'attnreg[plots]'" in refused("demo")
+    assert "pip install 'attnreg[hf,plots]'" in refused("demo")
 
 
 def test_demo_refusals(refused, folder):

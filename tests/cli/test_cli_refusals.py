@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 import attnreg.cli
+from attnreg import AttentionProblem
 from attnreg.cli import main
-from tests.cli.cases import FIT, MULTI, planted
+from tests.cli.cases import FIT, MULTI, planted, random
 
 
 def test_files_that_are_refused(refused, problem):
@@ -90,6 +91,31 @@ def test_init_of_another_model_or_size(run, refused, layer):
     run(*FIT, "--max-iterations", 0)
     words = refused("fit", "small.safetensors", "--out", "out", "--init", "fit.safetensors")
     assert "parameter X has shape (4, 4), (3, 3) is expected" in words
+
+
+@pytest.mark.parametrize(
+    "options", [("--starts", 4), ("--certify",), ("--solver", "newton-cg"), ("--solver", "auto")]
+)
+def test_validation_with_what_minimises_the_loss(refused, layer, options):
+    line = refused(*MULTI, "--validation", "weights.safetensors", *options)
+    assert " ".join(map(str, options)) in line
+    assert "leave out one or the other" in line
+
+
+def test_validation_sequences_that_do_not_fit(refused, layer):
+    assert "absent" in refused(*MULTI, "--validation", "absent.safetensors")
+    random_problem = AttentionProblem(random(2, 6, 5), random(2, 6, 5))
+    random_problem.save("others.safetensors")
+    line = refused(*MULTI, "--init", "weights.safetensors", "--validation", "others.safetensors")
+    assert "W_Q" in line or "width" in line
+    assert "is an input too" in refused(
+        "fit",
+        "problem.safetensors",
+        "--out",
+        "others.safetensors",
+        "--validation",
+        "others.safetensors",
+    )
 
 
 def test_out_is_checked_before_the_work(refused, problem, monkeypatch):

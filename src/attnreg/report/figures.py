@@ -75,14 +75,26 @@ def _head_outputs(weighted: Weighted, problem: AttentionProblem) -> Tensor:
     return outputs - outputs.mean(dim=1, keepdim=True)
 
 
+def _partners(
+    original: Weighted, student: Weighted, problem: AttentionProblem
+) -> tuple[Tensor, Tensor]:
+    """Each original head's nearest head of the student, whose heads may be in another order.
+
+    Returns:
+        Relative errors of the partners' outputs, and which they are.
+    """
+    target, fitted = (_head_outputs(one, problem).flatten(1) for one in (original, student))
+    nearest = torch.cdist(target, fitted).min(dim=1)
+    return nearest.values / target.norm(dim=1), nearest.indices
+
+
 def _heads(original: Weighted, student: Weighted, problem: AttentionProblem) -> Figure:
-    target, fitted = _head_outputs(original, problem), _head_outputs(student, problem)
-    errors = (fitted - target).norm(dim=(1, 2)) / target.norm(dim=(1, 2))
+    errors, _ = _partners(original, student, problem)
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
     axes = figure.subplots()
     axes.bar(range(len(errors)), errors.tolist(), color="tab:blue")
     axes.set(xlabel="query head", ylabel="relative error of its output", xticks=range(len(errors)))
-    axes.set_title("held-out error of each head's contribution (constant removed)")
+    axes.set_title("held-out error of each head (its nearest of the student's)")
     return figure
 
 
@@ -109,9 +121,11 @@ def _attention(original: Weighted, student: Weighted, problem: AttentionProblem)
     shown = (0, 4, 8, 11)
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots(2, len(shown))
-    for row, (name, weighted) in enumerate((("original", original), ("fitted", student))):
+    partners = _partners(original, student, problem)[1].tolist()
+    rows = (("original", original, shown), ("fitted", student, [partners[i] for i in shown]))
+    for row, (name, weighted, heads) in enumerate(rows):
         maps = _maps(weighted, problem)
-        for column, head in enumerate(shown):
+        for column, head in enumerate(heads):
             cell = axes[row, column]
             cell.imshow(maps[head, :64, :64].sqrt().numpy(), cmap="viridis", vmin=0, vmax=1)
             cell.set_title(f"{name}, head {head}", fontsize=9)

@@ -127,12 +127,32 @@ class Pooled:
             objective.operations.projections += product(len(rows), k, k + out)
         objective.count_passes(1)
         scale = self._scale(batches)
-        gram, right = (both * scale).split([k, out], dim=1)
-        square *= scale
-        self.readout, self.rank = self._solved(gram.clone(), right.clone())
-        readout = self.readout.double()
-        self.loss = square + float((readout * (gram @ readout - 2.0 * right)).sum())
+        self._gram, self._right = (both * scale).split([k, out], dim=1)
+        self._square = square * scale
+        self.readout, self.rank = self._solved(self._gram.clone(), self._right.clone())
+        self.loss = self.loss_at(self.readout)
         self.value = self.loss + objective.ridge_value(theta, self.readout)
+
+    def loss_at(self, readout: Tensor) -> float:
+        """``L`` alone with another readout."""
+        readout = readout.double()
+        change = readout * (self._gram @ readout - 2.0 * self._right)
+        return self._square + float(change.sum())
+
+    def ridged(self, share: float) -> Tensor:
+        """The readout with a further ridge.
+
+        Args:
+            share: The ridge, in units of the features' summed squares, mean over the features; the
+                constant row has none.
+
+        Returns:
+            The readout, of the shape of the minimiser.
+        """
+        gram, width = self._gram.clone(), self.objective.layout.features
+        diagonal = gram.diagonal()[:width]
+        diagonal += share * float(diagonal.mean())
+        return self._solved(gram, self._right.clone())[0]
 
     @property
     def regularised(self) -> float:

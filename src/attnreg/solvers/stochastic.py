@@ -18,7 +18,7 @@ The root mean square of a step is :data:`RATE` times that of the block at the st
 singular value of a head changes by about the same share whatever its width and the data's scale.
 It rises over :data:`WARM_UP` steps and falls to zero along a line at the bound of the
 run, by iterations or by time, whichever is nearer. An iteration is one epoch: all sequences once,
-of longer ones some of the rows.
+of longer ones some of the rows; of little data as many epochs as make :data:`FEWEST_STEPS`.
 Heuristic: the rate, the powers and the size of the mini-batches, measured on real layers.
 """
 
@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,9 @@ from attnreg.solvers.steepest import ScaledInputs, polar_factors
 RATE = 0.015
 MOMENTUM = 0.9
 WARM_UP = 20
+FEWEST_STEPS = 8
+"""Of an iteration: little data is gone through several times in one."""
+
 CLEARLY = 0.9
 """A loss below this share of the start's, both on the sample, is taken for lower over all rows."""
 
@@ -89,6 +93,7 @@ class Stochastic:
         self._run = Run(objective, settings, observe, began)
         entered = time.perf_counter()
         self._batches = minibatches(objective.problem.batches)
+        self._times = math.ceil(FEWEST_STEPS / len(self._batches))
         self._sample = spread(self._batches, SAMPLE_ROWS)
         self._start = Pooled(objective, self._sample, theta)
         passed, share = time.perf_counter() - entered, len(self._batches) / len(self._sample)
@@ -148,10 +153,10 @@ class Stochastic:
         return Pooled(self._objective, self._batches, point.theta)
 
     def _epoch(self) -> Status | None:
-        """All mini-batches once, in random order."""
+        """All mini-batches in random order, once, or more often where they are few."""
         self._run.iteration += 1
         gradient, loss = torch.zeros_like(self._theta), 0.0
-        for i in torch.randperm(len(self._batches), generator=self._generator).tolist():
+        for i in self._order():
             if self._seconds_left() <= 0:
                 return Status.MAX_SECONDS
             part, value = self._step(self._rows_of(self._scaled[i]))
@@ -159,6 +164,8 @@ class Stochastic:
                 return Status.DIVERGED
             gradient += part
             loss += value
+        gradient /= self._times
+        loss /= self._times
         # Forward and back, in passes over all rows; what is left of one counts later.
         passes, self._rows = divmod(self._rows, self._objective.targets.shape[0])
         self._objective.count_passes(2 * passes)
@@ -167,6 +174,11 @@ class Stochastic:
         theta, readout = self._inputs.leave(self._theta), self._readout.value
         ridges = self._objective.ridge_value(theta, readout)
         return self._report(_Estimate(loss, loss + ridges), norm, "stochastic")
+
+    def _order(self) -> Iterator[int]:
+        """The mini-batches of an iteration."""
+        for _ in range(self._times):
+            yield from torch.randperm(len(self._batches), generator=self._generator).tolist()
 
     def _rows_of(self, batch: Batch) -> Batch:
         """The rows that a step reads, from a random one on."""
@@ -207,7 +219,7 @@ class Stochastic:
 
     def _factor(self) -> float:
         """Of the rate: warm-up, then a line to zero at the nearer bound."""
-        total = self._settings.max_iterations * len(self._batches)
+        total = self._settings.max_iterations * self._times * len(self._batches)
         done = self._steps / max(1, total)
         spent, left = time.perf_counter() - self._began, max(0.0, self._seconds_left())
         done = min(1.0, max(done, spent / (spent + left)))

@@ -144,8 +144,8 @@ def model_card(report: Mapping[str, Any]) -> str:
         "",
         "Sizes are query heads / key/value heads / width of a head. Errors are relative errors of "
         "the attention's output on held-out text, on the student's own inputs: of the start, and "
-        "of the fit. The held-out text chose the strength of the ridge that pulls a fit towards "
-        "its start, and the step: how far from the start (0) to the end of that fit (1).",
+        "of the fit. The held-out text chose a ridge on W_O (as a share of the mean square of what "
+        "it reads) and the step: how far from the start (0) to the end of a round of the fit (1).",
         "",
         "| layer | original | student | start | ridge | step | error of the start "
         "| error of the fit |",

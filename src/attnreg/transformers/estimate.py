@@ -8,14 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from attnreg.solvers.choice import solver_for
 from attnreg.solvers.minibatches import stride
 from attnreg.transformers.final_pass import STEP_TOKENS
 from attnreg.transformers.shapes import AttentionShape
 from attnreg.transformers.task import Task, whole_model_bytes
-
-PRODUCTS = 20
-"""Products with the curvature in an iteration, about; each is a JVP and a VJP."""
 
 KEYS = 0.16
 """What a key of a mini-batch costs, in units of a row, about."""
@@ -68,12 +64,9 @@ def estimate(task: Task) -> Estimate:
     fits = 0.0
     for group, count in zip(task.groups, runs, strict=True):
         if group.changed:
-            residuals = count * fitted * group.student.width
-            size = sum(math.prod(s) for s in group.student.weights().values())
             # An epoch of mini-batches is one pass forward and one back, by some of the rows.
             epoch = (KEYS + 1 / stride(length)) / (KEYS + 1)
-            products = epoch if solver_for(residuals, size) == "stochastic" else PRODUCTS
-            products = task.options.max_iterations * products * 4 + 20  # 20: the starts
+            products = task.options.max_iterations * epoch * 4 + 20  # 20: the starts
             fits += products * count * fitted * _work(group.student, length) / rate
     steps, vocabulary = task.final_steps, task.checkpoint.config.vocab_size
     width = task.groups[0].original.width

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnreg.models import Model, MultiHead
+from attnreg.early_stopping import Bounds, held_out_fit
+from attnreg.models import MultiHead
 from attnreg.problem import AttentionProblem
-from attnreg.result import predict
-from attnreg.solvers.choice import solver_for
-from attnreg.transformers.regularised import Bounds, regularised_fit
+from attnreg.records import IterationRecord, Status
+from attnreg.result import relative_error
 from attnreg.transformers.shapes import AttentionShape
 from attnreg.transformers.starts import best_start
 from attnreg.transformers.streaming import Blockwise
@@ -35,13 +35,13 @@ class LayerFit:
         start: Name of the start.
         tried: Relative error of every start on a sample of the fitted windows.
         start_error: Held-out relative error of the start.
-        error: Relative error on the fitted windows, before rounding.
-        held_out_error: Relative error on the held-out windows: the least of the start, the stages
+        error: Relative error on the fitted windows.
+        held_out_error: Relative error on the held-out windows: the least of the start, the rounds
             of the fit and the points between, so slightly optimistic.
-        iterations: Iterations of the fit, all stages together.
-        ridge: Strength of the pull towards the start in the stage that the weights are from.
-        step: How far from the start (0) to the end of that stage (1) they lie.
-        path: Held-out relative error at the end of every stage, by strength.
+        iterations: Iterations of the fit, all rounds together.
+        ridge: Of the readout, as a share of the features' mean square.
+        step: How far from the start (0) to the end of a round (1) the weights lie.
+        path: Held-out relative error at the end of every round, by iterations until then.
     """
 
     weights: dict[str, Tensor]
@@ -72,18 +72,18 @@ def fit_layer(
     saved: torch.dtype,
     progress: Callable[[int, float], None] | None = None,
 ) -> LayerFit:
-    """Fits a student's layer, pulled towards its best start as far as that lowers held-out error.
+    """Fits a student's layer from its best start, as far as that lowers the held-out error.
 
-    The held-out windows also choose the strength of the pull and where the fit ends, so that the
-    errors on them are slightly optimistic; they are not taken from the fitted windows, because the
-    choice matters where those are few.
+    The held-out windows choose where the fit ends and a ridge (:mod:`attnreg.early_stopping`), so
+    that the errors on them are slightly optimistic; they are not taken from the fitted windows,
+    because the choice matters where those are few.
 
     Args:
         problem: The windows to fit on, with the student's logit scale.
         validation: The held-out windows.
         teacher: The original's layer.
         model: The student's layer.
-        max_iterations: Bound on the iterations, all stages together.
+        max_iterations: Bound on the iterations, all rounds together.
         max_seconds: Bound on their time.
         seed: Seed of the fit.
         saved: The dtype that the weights are saved in.
@@ -91,35 +91,39 @@ def fit_layer(
 
     Returns:
         The fit.
+
+    Raises:
+        KeyboardInterrupt: If it was interrupted: no half-done fit counts as done.
     """
     original, weights = teacher
     best = best_start(sample(problem, SCORED_ROWS), original, weights, model)
 
-    def held_out(weights: Mapping[str, Tensor]) -> float:
-        return relative_error(validation, model, _rounded(weights, saved))
+    def observe(record: IterationRecord) -> None:
+        if progress is not None:
+            progress(record.iteration, problem.relative_error(record.loss))
 
-    found = regularised_fit(
+    found = held_out_fit(
         problem,
         model,
         best.weights,
-        held_out,
-        solver=solver_for(
-            problem.n_rows * problem.d_out, sum(value.numel() for value in best.weights.values())
-        ),
+        validation,
         bounds=Bounds(max_iterations, max_seconds),
         seed=seed,
-        progress=progress,
+        observe=observe,
+        stored=lambda weights: _rounded(weights, saved),
     )
-    rounded, error = _rounded(found.weights, saved), found.error
+    if found.status is Status.INTERRUPTED:
+        raise KeyboardInterrupt
+    rounded = _rounded(found.weights, saved)
     return LayerFit(
         weights=rounded,
         start=best.name,
         tried=dict(best.tried),
         start_error=found.start_error,
-        error=relative_error(problem, model, rounded) if error is None else error,
-        held_out_error=found.held_out_error,
+        error=relative_error(problem, model, rounded),
+        held_out_error=found.error,
         iterations=found.iterations,
-        ridge=found.strength,
+        ridge=found.ridge,
         step=found.step,
         path=found.path,
     )
@@ -135,14 +139,6 @@ def sample(problem: AttentionProblem, rows: int) -> AttentionProblem:
 
 def _rounded(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: value.detach().to(dtype).float() for name, value in weights.items()}
-
-
-def relative_error(problem: AttentionProblem, model: Model, weights: Mapping[str, Tensor]) -> float:
-    """``||prediction - B||_F / ||B - mean||_F``."""
-    predicted = predict(model, weights, problem)
-    targets = problem.unpad([batch.B for batch in problem.batches])
-    pairs = zip(predicted, targets, strict=True)
-    return problem.relative_error(sum(float((p - t).double().square().sum()) for p, t in pairs))
 
 
 def layer_problem(

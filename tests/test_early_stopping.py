@@ -1,0 +1,256 @@
+"""The fit that validation sequences lead: its rounds, where it stops and what it chooses."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+import attnreg
+from attnreg import early_stopping
+from attnreg.early_stopping import FIRST, LONGER, RIDGES, STEPS, Bounds, fit_validated, held_out_fit
+from attnreg.records import Status
+from attnreg.result import relative_error
+
+MODEL = attnreg.MultiHead(heads=4, kv_heads=2, head_dim=2, bias=False)
+
+
+def normal(generator, *shape):
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def planted(sequences, *, noise, away, seed=0):
+    """Sequences of a random layer, and a start at a distance from it."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = normal(generator, sequences, 10, 6)
+    blank = attnreg.AttentionProblem(inputs, inputs[..., :5], mask="causal")
+    truth = {
+        name: normal(generator, *value.shape) * 0.6
+        for name, value in MODEL.start(blank, seed).items()
+    }
+    outputs = attnreg.predict(MODEL, truth, blank)
+    outputs = outputs + noise * normal(generator, *outputs.shape)
+    start = {name: value + away * normal(generator, *value.shape) for name, value in truth.items()}
+    return attnreg.AttentionProblem(inputs, outputs, mask="causal"), start
+
+
+def few_and_others(noise=1.5, away=0.3, sequences=26):
+    """Six sequences to fit on, ten that judge, the others; and a start."""
+    problem, start = planted(sequences, noise=noise, away=away)
+    parts = ((0, 6), (6, 16), (16, sequences))
+    return (*(problem.subset(range(*part)) for part in parts), start)
+
+
+def chosen(problem, start, validation, iterations=60, seconds=None, **options):
+    bounds = Bounds(iterations, seconds)
+    return held_out_fit(problem, MODEL, start, validation, bounds=bounds, seed=0, **options)
+
+
+def test_where_data_are_few_it_ends_below_the_start_and_the_fits_without():
+    few, other, third, start = few_and_others()
+    found = chosen(few, start, other)
+    assert found.ridge > 0
+    assert found.error == pytest.approx(relative_error(other, MODEL, found.weights), rel=1e-10)
+    assert found.error <= min(found.start_error, *found.path.values())
+    # On sequences that chose nothing: by more than a tenth of the fits' errors.
+    for solver in ("trust-region", "stochastic"):
+        alone = attnreg.fit(few, MODEL, solver=solver, init=start, max_iterations=60)
+        error = relative_error(third, MODEL, alone.parameters)
+        assert relative_error(third, MODEL, found.weights) < 0.9 * error
+    assert relative_error(third, MODEL, found.weights) < relative_error(third, MODEL, start)
+
+
+def test_the_readout_is_the_ridged_one_of_its_features():
+    few, other, _, start = few_and_others()
+    found = chosen(few, start, other, iterations=0)  # nothing moves but the readout
+    assert found.ridge in RIDGES
+    assert (found.step, found.iterations, found.path) == (0.0, 0, {})
+    for name in ("W_Q", "W_K", "W_V"):
+        assert torch.equal(found.weights[name], start[name])
+    eye = {**start, "W_O": torch.eye(8, dtype=torch.float64)}
+    blank = few.replace(B=torch.zeros((*few.batches[0].B.shape[:2], 8), dtype=torch.float64))
+    features = attnreg.predict(MODEL, eye, blank).flatten(0, 1)
+    gram = features.mT @ features
+    gram = gram + found.ridge * gram.diagonal().mean() * torch.eye(8, dtype=torch.float64)
+    expected = torch.linalg.solve(gram, features.mT @ few.batches[0].B.flatten(0, 1))
+    # Two Cholesky factors of a well-conditioned matrix.
+    assert torch.allclose(found.weights["W_O"], expected, rtol=0, atol=1e-11)
+
+
+def test_ridges_rise_while_they_help(monkeypatch):
+    few, other, _, start = few_and_others()
+    errors = iter([0.9, 0.8, 0.7, 0.75])
+    monkeypatch.setattr(early_stopping, "_error", lambda point, readout: next(errors))
+    found = chosen(few, start, other, iterations=0)
+    assert (found.error, found.ridge, found.start_error) == (0.7, RIDGES[1], 0.9)
+    assert next(errors, None) is None
+
+
+def test_where_data_are_many_there_is_one_run_without_a_ridge():
+    problem, start = planted(70, noise=0.05, away=0.3)
+    many, other = problem.subset(range(60)), problem.subset(range(60, 70))
+    seen = []
+    found = chosen(many, start, other, iterations=12, observe=lambda r: seen.append(r.iteration))
+    alone = attnreg.fit(many, MODEL, solver="stochastic", init=start, max_iterations=12)
+    assert (found.ridge, found.step, found.iterations) == (0.0, 1.0, 12)
+    assert list(found.path) == ["12"]
+    assert seen == list(range(13))
+    for name, value in alone.parameters.items():
+        assert torch.equal(found.weights[name], value)
+
+
+def lengths_of_rounds(monkeypatch, errors, iterations, seconds=None):
+    """Rounds of a fit whose ends have the given errors, without ridges."""
+    few, other, _, start = few_and_others()
+    given = iter([1.0, *errors, 2.0, 2.0])
+    monkeypatch.setattr(early_stopping, "RIDGES", ())
+    monkeypatch.setattr(early_stopping, "_error", lambda point, readout: next(given))
+    found = chosen(few, start, other, iterations, seconds)
+    ends = [0, *map(int, found.path)]
+    assert found.iterations == ends[-1]
+    return [b - a for a, b in itertools.pairwise(ends)], found
+
+
+@pytest.mark.parametrize(
+    ("errors", "iterations", "lengths"),
+    [
+        ([0.9, 0.8, 0.7], 100, [FIRST, LONGER * FIRST, 100 - 4 * FIRST]),
+        ([0.9, 0.95], 100, [FIRST, LONGER * FIRST]),  # the second brought nothing
+        ([1.1, 0.9, 0.95], 300, [FIRST, LONGER * FIRST, LONGER**2 * FIRST]),  # the first may
+        ([1.1, 1.2], 100, [FIRST, LONGER * FIRST]),
+        ([0.9], 10, [10]),  # no room for another one
+        ([0.9, 0.8], 30, [FIRST, 30 - FIRST]),
+        ([], 0, []),
+    ],
+)
+def test_rounds_grow_until_one_brings_nothing(monkeypatch, errors, iterations, lengths):
+    found, result = lengths_of_rounds(monkeypatch, errors, iterations)
+    assert found == lengths
+    assert result.error == min([1.0, *errors])
+    assert result.step == float(min([1.0, *errors]) < 1.0)
+
+
+def test_the_time_bounds_them(monkeypatch):
+    found, _ = lengths_of_rounds(monkeypatch, [0.9] + [0.8] * 9, 10**6, 1e-9)
+    assert len(found) == 1
+    few, other, _, start = few_and_others()
+    result = fit_validated(few, other, MODEL, init=start, max_iterations=10**6, max_seconds=0.5)
+    assert 0 < result.history[-1].iteration < 10**6
+    seconds = [record.seconds for record in result.history]
+    assert seconds == sorted(seconds)
+
+
+def test_a_point_on_the_way_from_the_start(monkeypatch):
+    few, other, _, start = few_and_others()
+    monkeypatch.setattr(early_stopping, "RIDGES", ())
+    ends = []
+    whole = early_stopping._Judge.at
+
+    def at(self, weights, step):
+        ends.append(weights)
+        candidate = whole(self, weights, step)
+        errors = {0.0: 1.0, 1.0: 0.9, STEPS[0]: 0.5, STEPS[1]: 0.6}
+        return early_stopping._Candidate(weights, errors[step], candidate.ridge, step)
+
+    monkeypatch.setattr(early_stopping._Judge, "at", at)
+    found = chosen(few, start, other, iterations=FIRST)
+    assert (found.step, found.error) == (STEPS[0], 0.5)
+    for name, value in found.weights.items():
+        expected = start[name] + STEPS[0] * (ends[1][name] - start[name])
+        assert torch.allclose(value, expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("worse", [2.0, math.inf])
+def test_the_start_stays_where_nothing_is_better(monkeypatch, worse):
+    few, other, _, start = few_and_others()
+    given = iter([1.0] + [worse] * 9)
+    monkeypatch.setattr(early_stopping, "RIDGES", ())
+    monkeypatch.setattr(early_stopping, "_error", lambda point, readout: next(given))
+    found = chosen(few, start, other)
+    assert found.weights is start
+    assert (found.step, found.error) == (0.0, 1.0)
+    assert len(found.path) == (2 if math.isfinite(worse) else 0)  # infinity is not recorded
+
+
+def test_errors_are_those_of_what_is_kept():
+    few, other, _, start = few_and_others()
+
+    def stored(weights):
+        return {name: value.bfloat16().double() for name, value in weights.items()}
+
+    found = chosen(few, start, other, iterations=FIRST, stored=stored)
+    kept = relative_error(other, MODEL, stored(found.weights))
+    assert found.error == pytest.approx(kept, rel=1e-10)
+    assert found.error != pytest.approx(relative_error(other, MODEL, found.weights), rel=1e-6)
+
+
+def test_the_result_is_what_it_says():
+    few, other, _, start = few_and_others()
+    result = fit_validated(few, other, MODEL, init=start, max_iterations=40)
+    found = chosen(few, start, other, iterations=40)
+    for name, value in found.weights.items():
+        assert torch.equal(result.parameters[name], value)
+    assert result.status is Status.VALIDATED
+    assert not result.converged
+    assert result.relative_error == pytest.approx(
+        relative_error(few, MODEL, result.parameters), rel=1e-10
+    )
+    assert result.loss == pytest.approx(
+        result.relative_error**2 * few.target_norm_squared, rel=1e-10
+    )
+    assert f"validation error {found.error:.4f}" in result.notes[0]
+    for name in ("iteration", "seconds", "passes"):  # counted over the rounds
+        numbers = [getattr(record, name) for record in result.history]
+        assert numbers == sorted(numbers)
+    operations = [sum(record.operations.values()) for record in result.history]
+    assert operations == sorted(operations)
+    assert result.history[-1].iteration == found.iterations
+    again = fit_validated(few, other, MODEL, init=result, max_iterations=1)
+    assert relative_error(other, MODEL, again.parameters) <= found.error * (1 + 1e-12)
+
+
+def test_without_a_start_it_takes_the_models():
+    few, other, _, _ = few_and_others()
+    result = fit_validated(few, other, MODEL, max_iterations=5, seed=3)
+    assert relative_error(other, MODEL, result.parameters) <= relative_error(
+        other, MODEL, MODEL.start(few, 3)
+    )
+
+
+@pytest.mark.parametrize("stopped", [KeyboardInterrupt, None])
+def test_cut_short_it_hands_out_the_best_point_so_far(stopped):
+    few, other, _, start = few_and_others()
+
+    def callback(record):
+        if record.iteration == 2 and stopped is not None:
+            raise stopped
+        return record.iteration == 2
+
+    result = fit_validated(few, other, MODEL, init=start, callback=callback)
+    assert result.status is (Status.STOPPED if stopped is None else Status.INTERRUPTED)
+    assert result.history[-1].iteration == 2
+    assert relative_error(other, MODEL, result.parameters) <= relative_error(other, MODEL, start)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "said"),
+    [
+        ({"ridge_y": 1.0}, {}, "set both to 0"),
+        ({"scale": 0.3}, {}, "the same is expected"),
+        ({}, {"max_seconds": -1.0}, "a positive number is expected"),
+        ({}, {"max_iterations": -1}, "at least 0 is expected"),
+    ],
+)
+def test_refusals(change, options, said):
+    few, other, _, start = few_and_others()
+    if "ridge_y" in change:
+        change["center"] = start
+    with pytest.raises(ValueError, match=said):
+        fit_validated(few.replace(**change), other, MODEL, init=start, **options)
+
+
+def test_a_validation_error_that_is_not_finite_is_refused():
+    few, other, _, start = few_and_others()
+    huge = {name: torch.full_like(value, 1e200) for name, value in start.items()}
+    with pytest.raises(ValueError, match="not finite"):
+        chosen(few, huge, other, iterations=0)
