@@ -242,6 +242,30 @@ def _large(content: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _little(content: dict[str, Any]) -> list[str]:
+    cells = [
+        (f"{name}, {count} sequences", cell["rows"])
+        for name, counts in content["layers"].items()
+        for count, cell in counts.items()
+    ]
+    lines, first = [], 0
+    for name, rows in cells:
+        ours = rows["attnreg, validated"]
+        peers = {
+            peer: row for peer, row in rows.items() if "attnreg" not in peer and peer != "start"
+        }
+        gains = []
+        for text in ("same_texts", "third_text"):
+            best = min(peers, key=lambda peer: peers[peer][text])
+            gains.append(1 - ours[text] / peers[best][text])
+        first += min(gains) > 0
+        lines.append(
+            f"little data, {name}: below the best peer by {100 * gains[0]:.1f}% on the same texts, "
+            f"{100 * gains[1]:.1f}% on the third"
+        )
+    return [f"little data: below all peers on {first} of {len(cells)}", *lines]
+
+
 def _multimodal(content: dict[str, Any]) -> list[str]:
     lines = []
     for width, found in content["widths"].items():
@@ -261,6 +285,7 @@ LINES = {
     "planted_suite": _suite,
     "planted_suite-large": _suite,
     "large_layers-large": _large,
+    "little_data": _little,
     "real_layer": _layer,
     "product_cost": _product,
     "roofline": _roofline,

@@ -55,6 +55,8 @@ def tables(tiers: Iterable[str]) -> str:
             parts.append(planted_tables(suite, tier))
         if layers is not None:
             parts.append(layer_tables(layers, tier))
+        if (little := read("little_data", tier)) is not None:
+            parts.append(little_table(little))
     return "\n\n".join(parts)
 
 
@@ -213,6 +215,37 @@ def _layer_parts(name: str, layer: Mapping[str, Any]) -> list[str]:
         markdown((*columns, "settings tried, validation error"), lines),
         "\n".join(f"- {line}" for line in verdicts),
     ]
+
+
+def little_table(content: Mapping[str, Any]) -> str:
+    """Errors on sequences that chose nothing, by layer and number of sequences."""
+    lines, columns = [], list[str]()
+    for name, cells in content["layers"].items():
+        for count, cell in cells.items():
+            rows = cell["rows"]
+            columns = columns or list(rows)
+            sizes = (name, count, show(cell["residuals_a_weight"], 2), show(cell["seconds"]))
+            found = []
+            for text in ("same_texts", "third_text"):
+                lowest = min(row[text] for row in rows.values())
+                found.append([(row[text], row[text] == lowest) for row in rows.values()])
+            pairs = zip(*found, strict=True)
+            lines.append((*sizes, *(", ".join(map(_bold, pair)) for pair in pairs)))
+    head = ("layer", "sequences", "residuals a weight", "s", *columns)
+    tried = _sentence(f"{name} {len(names)}" for name, names in content["setting"]["tried"].items())
+    return "\n\n".join(
+        [
+            "### Little data, `python -m benchmarks.little_data`",
+            "Errors on sequences that chose nothing, of the same two texts and of the third. "
+            f"Settings tried: {tried}. {_machine(content)}",
+            markdown(head, lines),
+        ]
+    )
+
+
+def _bold(entry: tuple[float, bool]) -> str:
+    error, lowest = entry
+    return f"**{show(error)}**" if lowest else show(error)
 
 
 def _verdict(target: str, entry: Mapping[str, Any]) -> str:

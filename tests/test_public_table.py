@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import common, large_layers, planted_suite, profiles, table
+from benchmarks import common, large_layers, planted_suite, profiles, summary, table
 from benchmarks.common import Clock
 from benchmarks.layer_problem import Data
 from benchmarks.peers import OURS, Peer, PlantedArrays, Trace, base, found, installed, run
@@ -333,6 +333,34 @@ def test_all_three_errors_stand_in_the_table_of_a_layer():
     assert "(Adam (1)), validation 0.2000: reached in 12 s, 1 times sooner;" in text
     assert "(SOAP (1)), validation 0.1000: **never reached by attnreg**;" in text
     assert "attnreg's 0.2000 is 100.0% **higher**" in text
+
+
+def test_little_data_in_the_table_and_in_the_summary():
+    def row(same, third):
+        return {"same_texts": same, "third_text": third}
+
+    rows = {"start": row(0.9, 1.2), "Adam": row(0.5, 0.8), "Muon": row(0.6, 0.7)}
+    rows |= {"attnreg, curvature": row(0.3, 0.9), "attnreg, validated": row(0.4, 0.63)}
+    cell = {"residuals_a_weight": 4.0, "seconds": 6.0, "rows": rows}
+    worse = {**rows, "attnreg, validated": row(0.55, 0.6)}
+    content = {
+        "machine": _suite()["machine"],
+        "setting": {"tried": {"Adam": ["a", "b"], "Muon": ["c"]}},
+        "layers": {"layer 3": {"32": cell, "96": {**cell, "rows": worse}}},
+    }
+    text = table.little_table(content)
+    assert "Settings tried: Adam 2; Muon 1." in text
+    line = (
+        "| layer 3 | 32 | 4 | 6 | 0.9, 1.2 | 0.5, 0.8 | 0.6, 0.7 | **0.3**, 0.9 | 0.4, **0.63** |"
+    )
+    assert line in text
+    assert summary._little(content) == [
+        "little data: below all peers on 1 of 2",
+        "little data, layer 3, 32 sequences: below the best peer by 20.0% on the same texts, "
+        "10.0% on the third",
+        "little data, layer 3, 96 sequences: below the best peer by -10.0% on the same texts, "
+        "14.3% on the third",
+    ]
 
 
 def test_only_the_part_between_the_markers_is_written():

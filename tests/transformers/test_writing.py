@@ -343,6 +343,7 @@ def test_a_small_disk(
 # -- kills
 
 
+@pytest.mark.filterwarnings("ignore:os.fork")  # of JAX, where a benchmark's test has imported it
 def test_a_kill_leaves_no_folder_and_the_next_write_cleans_up(
     checkpoint: Checkpoint, out: Path
 ) -> None:
