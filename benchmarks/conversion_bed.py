@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from attnreg.result import relative_error
 from benchmarks.common import RESULTS, command_line, console, machine, parse, print_table, save
 
 METHODS = ("mean", "first", "svd", "start", "adam", "ours", "adam+", "final")
@@ -150,7 +151,6 @@ def peer(
     method: str, seconds: float, rates: Sequence[float], windows: int, seed: int
 ) -> Callable[..., Any]:
     """What takes the place of `fit_layer` for a method."""
-    from attnreg.result import relative_error
     from attnreg.transformers import layer_fit
     from attnreg.transformers.starts import best_start, solve_readout, starts
 

@@ -36,7 +36,6 @@ from typing import Any
 import torch
 
 from attnreg.roofline.precision import PRECISIONS, check_precision, matmul_precision
-from benchmarks import minilm
 from benchmarks.common import (
     Clock,
     add_device,
@@ -51,8 +50,8 @@ from benchmarks.common import (
     show,
     write_json,
 )
-from benchmarks.layer_problem import STUDENT, Data, Layer, load_layer, relative_error, with_outputs
-from benchmarks.peers import OURS, Method, Peer, Trace, Weights, found, installed, run
+from benchmarks.layer_problem import Bed, Errors, load_layer, third_text
+from benchmarks.peers import OURS, Method, Peer, Trace, found, installed, run
 
 FRACTIONS = (0.05, 0.1, 0.2, 1 / 3, 2 / 3)  # of the time, beside its end
 SCORED = ("calibration", "validation", "held_out")
@@ -60,8 +59,6 @@ TARGETS = {"the best of Adam, AdamW and Muon": ("Adam", "AdamW", "Muon"), "SOAP"
 LONGER = {"large": 3.0}  # times the time, for one more fit of attnreg
 REPEATED = 30.0  # seconds of a row below which it is repeated
 WARM_UP = 0.5
-
-Errors = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -85,54 +82,12 @@ TIERS = {
 }
 
 
-class Bed:
-    """A layer with its three texts, and the errors of weights on them."""
-
-    def __init__(self, layer: Layer, third: Data) -> None:
-        self.start, self.calibration = layer.pooled, layer.train
-        self._data = dict(zip(SCORED, (layer.train, layer.held_out, third), strict=True))
-        self._problem = layer.train.attention()
-
-    def errors(self, weights: Weights) -> Errors:
-        """All errors, by text."""
-        return {name: self._error(weights, name) for name in SCORED}
-
-    def best_errors(self, weights: Weights) -> dict[str, Any]:
-        """Errors of the weights, or with their readout solved where that validates better."""
-        validation, readout, best = self._best(weights)
-        if validation == math.inf:
-            return dict.fromkeys(SCORED, math.inf) | {"readout": readout}
-        return self.errors(best) | {"readout": readout}
-
-    def validation(self, weights: Weights) -> float:
-        """The validation error of :meth:`best_errors`."""
-        return self._best(weights)[0]
-
-    def _best(self, weights: Weights) -> tuple[float, str, Weights]:
-        """Validation error, readout and weights of the better way; infinite where they are not."""
-        if not all(value.isfinite().all() for value in weights.values()):
-            return math.inf, "as it is", weights
-        ways = {"as it is": weights, "solved": self._solved(weights)}
-        errors = {readout: self._error(way, "validation") for readout, way in ways.items()}
-        best = min(errors, key=lambda readout: errors[readout])
-        return errors[best], best, ways[best]
-
-    def _error(self, weights: Weights, text: str) -> float:
-        return relative_error(weights, self._data[text])
-
-    def _solved(self, weights: Weights) -> Weights:
-        from attnreg.transformers.starts import solve_readout
-
-        return solve_readout(self._problem, STUDENT, weights)[1]
-
-
 def load_bed(number: int, tier: Tier, device: str = "cpu") -> Bed:
     """Captures a layer of the model on all texts, on the CPU, and puts it on a device."""
     layer = load_layer(tier.sequences, tier.scored, tier.tokens, number)
-    chunks = minilm.third_text(tier.tokens)[: tier.scored]
-    inputs = minilm.layer_inputs(minilm.load_model(), number, chunks)
-    third = with_outputs(inputs.clone(), layer.weights)
-    return Bed(layer.to(device), third.to(device))
+    third = third_text(layer, number, tier.scored, tier.tokens)
+    data = (part.to(device) for part in (layer.train, layer.held_out, third))
+    return Bed(layer.to(device).pooled, dict(zip(SCORED, data, strict=True)))
 
 
 # ---------------------------------------------------------------------- rows
@@ -152,14 +107,14 @@ def peer_row(
     trials: dict[str, float] = dict(before["trials"]) if before else {}
     finals: dict[str, float] = dict(before["finals"]) if before else {}
     for method in peer.layers if len(peer.layers) > 1 and not before else ():
-        trace = run(method, bed.calibration, bed.start, tier.seconds * tier.trial)
+        trace = run(method, bed.fitted, bed.start, tier.seconds * tier.trial)
         trials[method.name] = bed.validation(trace.weights)
     ranked = sorted(peer.layers, key=lambda method: trials.get(method.name, 0.0))
     traces: dict[str, tuple[Method, Trace, dict[str, Any]]] = {}
     for method in ranked[: tier.finalists]:
         if method.name in finals:
             continue
-        trace = run(method, bed.calibration, bed.start, tier.seconds, fractions=FRACTIONS)
+        trace = run(method, bed.fitted, bed.start, tier.seconds, fractions=FRACTIONS)
         end = bed.best_errors(trace.snapshots[-1][1])
         finals[method.name], traces[method.name] = end["validation"], (method, trace, end)
     best = min(finals, key=lambda name: finals[name])
@@ -186,7 +141,7 @@ def _final(
     curve = [[at, bed.best_errors(weights)] for at, weights in trace.snapshots[:-1]]
     ends = [end]
     while len(ends) < tier.repeats and tier.seconds < REPEATED:
-        again = run(method, bed.calibration, bed.start, tier.seconds)
+        again = run(method, bed.fitted, bed.start, tier.seconds)
         ends.append(bed.best_errors(again.weights))
     return {
         "setting": method.name,
@@ -206,7 +161,7 @@ def our_row(bed: Bed, tier: Tier) -> dict[str, Any]:
         ends, times = [], []
         repeated = tier.seconds * fraction < REPEATED
         for _ in range(tier.repeats if repeated else 1):
-            trace = run(OURS, bed.calibration, bed.start, tier.seconds * fraction)
+            trace = run(OURS, bed.fitted, bed.start, tier.seconds * fraction)
             times.append(trace.total_seconds)
             ends.append(bed.errors(trace.weights))
         curve.append([median(times), _middle(ends)])
@@ -223,7 +178,7 @@ def our_row(bed: Bed, tier: Tier) -> dict[str, Any]:
 
 def our_longer_fit(bed: Bed, seconds: float) -> dict[str, Any]:
     """attnreg's errors after more than the compared time."""
-    trace = run(OURS, bed.calibration, bed.start, seconds)
+    trace = run(OURS, bed.fitted, bed.start, seconds)
     return {"seconds": trace.total_seconds, "errors": bed.errors(trace.weights)}
 
 
@@ -266,7 +221,7 @@ def run_layer(
     }
     work[OURS.name] = lambda: our_row(bed, tier)
     for method in (OURS, *(peer.layers[0] for peer in peers)):
-        run(method, bed.calibration, bed.start, WARM_UP)
+        run(method, bed.fitted, bed.start, WARM_UP)
     for row, make in work.items():
         if row in lacking(rows, peers, tier):
             rows[row] = make()

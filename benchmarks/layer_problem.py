@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,9 @@ WEIGHTS = tuple(f"{kind}_{name}" for name in "QKVO" for kind in "Wb")
 
 
 SEQUENCES_AT_ONCE = 64
+
+Weights = Mapping[str, Tensor]
+Errors = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,11 @@ class Data:
     def attention(self) -> AttentionProblem:
         """See `peers.base.Problem.attention`."""
         return AttentionProblem(self.A, self.B)
+
+    def part(self, first: int, count: int) -> Data:
+        """Some of the sequences, copied."""
+        chosen = slice(first, first + count)
+        return Data(self.A[chosen].clone(), self.B[chosen].clone(), self.model)
 
     def to(self, device: str) -> Data:
         """The same on another device."""
@@ -82,6 +92,50 @@ def relative_error(weights: Mapping[str, Tensor], data: Data) -> float:
     return (loss / data.spread) ** 0.5
 
 
+class Bed:
+    """A start, the texts of a layer, and the errors of weights on them.
+
+    Args:
+        start: The student's weights to begin with.
+        texts: Data by name, those that are fitted first; ``"validation"`` chooses.
+    """
+
+    def __init__(self, start: Weights, texts: Mapping[str, Data]) -> None:
+        self.start, self._texts = start, texts
+        self.fitted = next(iter(texts.values()))
+        self._problem = self.fitted.attention()
+
+    def errors(self, weights: Weights) -> Errors:
+        """All errors, by text."""
+        return {name: relative_error(weights, data) for name, data in self._texts.items()}
+
+    def best_errors(self, weights: Weights) -> dict[str, Any]:
+        """Errors of the weights, or with their readout solved where that validates better."""
+        validation, readout, best = self._best(weights)
+        if validation == math.inf:
+            return dict.fromkeys(self._texts, math.inf) | {"readout": readout}
+        return self.errors(best) | {"readout": readout}
+
+    def validation(self, weights: Weights) -> float:
+        """The validation error of :meth:`best_errors`."""
+        return self._best(weights)[0]
+
+    def _best(self, weights: Weights) -> tuple[float, str, Weights]:
+        """Validation error, readout and weights of the better way; infinite where they are not."""
+        if not all(value.isfinite().all() for value in weights.values()):
+            return math.inf, "as it is", weights
+        ways = {"as it is": weights, "solved": self._solved(weights)}
+        judge = self._texts["validation"]
+        errors = {readout: relative_error(way, judge) for readout, way in ways.items()}
+        best = min(errors, key=lambda readout: errors[readout])
+        return errors[best], best, ways[best]
+
+    def _solved(self, weights: Weights) -> Weights:
+        from attnreg.transformers.starts import solve_readout
+
+        return solve_readout(self._problem, STUDENT, weights)[1]
+
+
 def load_layer(sequences: int, held_out: int, tokens: int, layer: int = LAYER) -> Layer:
     """Captures a layer on `sequences` + `held_out` different sequences of text.
 
@@ -107,3 +161,16 @@ def with_outputs(inputs: Tensor, weights: Mapping[str, Tensor]) -> Data:
         pieces = inputs.split(SEQUENCES_AT_ONCE)
         outputs = torch.cat([fused_layer(ORIGINAL, weights, piece) for piece in pieces])
     return Data(inputs, outputs)
+
+
+def third_text(layer: Layer, number: int, sequences: int, tokens: int) -> Data:
+    """What the original layer makes of a text that neither fits nor chooses.
+
+    Args:
+        layer: Gives the weights.
+        number: Of the layer.
+        sequences: how many.
+        tokens: of each.
+    """
+    chunks = minilm.third_text(tokens)[:sequences]
+    return with_outputs(minilm.layer_inputs(minilm.load_model(), number, chunks), layer.weights)

@@ -24,11 +24,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import Tensor
-
-import attnreg
-from attnreg.transformers.starts import best_start, solve_readout
-from benchmarks import minilm
+from attnreg import AttentionProblem, FitResult, fit, fit_validated
+from attnreg.transformers.starts import best_start
 from benchmarks.common import (
     command_line,
     console,
@@ -44,18 +41,16 @@ from benchmarks.layer_problem import (
     ORIGINAL,
     STUDENT,
     WEIGHTS,
+    Bed,
     Data,
     load_layer,
-    relative_error,
-    with_outputs,
+    third_text,
 )
 from benchmarks.peers import Peer, found, installed, run
 
 NAMES = ("Adam", "Muon", "SOAP")
 OURS = "attnreg, validated"
 TEXTS = ("fitted", "validation", "same_texts", "third_text")
-
-Weights = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -104,78 +99,55 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _layer(number: int, setting: Setting, peers: Sequence[Peer]) -> dict[str, Any]:
     """Rows by number of sequences."""
-    most = max(setting.sequences)
-    layer = load_layer(most, 2 * setting.scored, setting.tokens, number)
-    chunks = minilm.third_text(setting.tokens)[: setting.scored]
-    third = minilm.layer_inputs(minilm.load_model(), number, chunks)
-    other = layer.held_out
-    judging, scoring = (
-        Data(other.A[part], other.B[part])
-        for part in (slice(setting.scored), slice(setting.scored, None))
-    )
-    texts = {"validation": judging, "same_texts": scoring}
-    texts["third_text"] = with_outputs(third.clone(), layer.weights)
+    layer = load_layer(max(setting.sequences), 2 * setting.scored, setting.tokens, number)
+    third = third_text(layer, number, setting.scored, setting.tokens)
+    judging, scoring = (layer.held_out.part(i * setting.scored, setting.scored) for i in (0, 1))
     original = {name: layer.weights[name] for name in WEIGHTS}
-    found_ = {}
+    cells = {}
     for count, seconds in zip(setting.sequences, setting.seconds, strict=True):
-        fitted = Data(layer.train.A[:count].clone(), layer.train.B[:count].clone())
+        fitted = layer.train.part(0, count)
         start = best_start(fitted.attention(), ORIGINAL, original, STUDENT)
-        cell = _Cell({"fitted": fitted, **texts}, start.weights, seconds)
-        rows = {"start": cell.scored(start.weights) | {"setting": start.name}}
-        rows |= {peer.name: cell.best(peer) for peer in peers}
-        rows |= {name: cell.ours(make) for name, make in cell.ways().items()}
+        bed = Bed(start.weights, dict(zip(TEXTS, (fitted, judging, scoring, third), strict=True)))
+        rows = {"start": bed.errors(start.weights) | {"setting": start.name}}
+        rows |= {peer.name: peer_row(peer, bed, seconds) for peer in peers}
+        rows |= our_rows(bed, judging, seconds)
         weights = sum(value.numel() for value in start.weights.values())
-        found_[str(count)] = {
+        cells[str(count)] = {
             "seconds": seconds,
             "residuals_a_weight": fitted.B.numel() / weights,
             "rows": rows,
         }
         console.print(f"[dim]layer {number}, {count} sequences done[/dim]")
-    return found_
+    return cells
 
 
-class _Cell:
-    """One number of sequences of one layer."""
+def peer_row(peer: Peer, bed: Bed, seconds: float) -> dict[str, Any]:
+    """The best setting of a peer, its readout as it is or solved."""
+    rows = [
+        bed.best_errors(run(method, bed.fitted, bed.start, seconds).weights)
+        | {"setting": method.name}
+        for method in peer.layers
+    ]
+    best: dict[str, Any] = min(rows, key=lambda row: row["validation"])
+    return best | {"tried": {row["setting"]: row["validation"] for row in rows}}
 
-    def __init__(self, texts: Mapping[str, Data], start: Weights, seconds: float) -> None:
-        self._texts, self._start, self._seconds = texts, start, seconds
-        self._fitted = texts["fitted"]
 
-    def scored(self, weights: Weights) -> dict[str, Any]:
-        """Errors by text."""
-        return {name: relative_error(weights, data) for name, data in self._texts.items()}
-
-    def best(self, peer: Peer) -> dict[str, Any]:
-        """The best setting of a peer, its readout as it is or solved."""
-        rows = []
-        for method in peer.layers:
-            weights = run(method, self._fitted, self._start, self._seconds).weights
-            solved = solve_readout(self._fitted.attention(), STUDENT, weights)[1]
-            for readout, way in (("as it is", weights), ("solved", solved)):
-                rows.append(self.scored(way) | {"setting": method.name, "readout": readout})
-        best: dict[str, Any] = min(rows, key=lambda row: row["validation"])
-        return best | {"tried": {row["setting"]: row["validation"] for row in rows}}
-
-    def ways(self) -> dict[str, Callable[[attnreg.AttentionProblem], attnreg.FitResult]]:
-        """attnreg's, by name."""
-        shared: dict[str, Any] = {"init": self._start, "max_seconds": self._seconds}
-        shared["max_iterations"] = 10**6
-        judging = self._texts["validation"].attention()
-        return {
-            "attnreg, curvature": lambda p: attnreg.fit(p, STUDENT, **shared),
-            "attnreg, mini-batches": lambda p: attnreg.fit(
-                p, STUDENT, solver="stochastic", **shared
-            ),
-            OURS: lambda p: attnreg.fit_validated(p, judging, STUDENT, **shared),
-        }
-
-    def ours(self, make: Callable[[attnreg.AttentionProblem], attnreg.FitResult]) -> dict[str, Any]:
-        """Errors of one of them, and the seconds that it took."""
+def our_rows(bed: Bed, judging: Data, seconds: float) -> dict[str, dict[str, Any]]:
+    """attnreg's, by name, with the seconds that they took."""
+    shared: dict[str, Any] = {"init": bed.start, "max_seconds": seconds, "max_iterations": 10**6}
+    stochastic = {"solver": "stochastic", **shared}
+    ways: dict[str, Callable[[AttentionProblem], FitResult]] = {
+        "attnreg, curvature": lambda problem: fit(problem, STUDENT, **shared),
+        "attnreg, mini-batches": lambda problem: fit(problem, STUDENT, **stochastic),
+        OURS: lambda problem: fit_validated(problem, judging.attention(), STUDENT, **shared),
+    }
+    rows = {}
+    for name, way in ways.items():
         began = time.perf_counter()
-        result = make(self._fitted.attention())
-        seconds = time.perf_counter() - began
-        setting = {"setting": result.notes[-1] if result.notes else "", "seconds": seconds}
-        return self.scored(result.parameters) | setting
+        result = way(bed.fitted.attention())
+        took = {"seconds": time.perf_counter() - began}
+        rows[name] = bed.errors(result.parameters) | {"setting": "; ".join(result.notes)} | took
+    return rows
 
 
 def _print(name: str, cells: Mapping[str, Any]) -> None:

@@ -229,16 +229,16 @@ def _suite(content: dict[str, Any]) -> list[str]:
 
 
 def _large(content: dict[str, Any]) -> list[str]:
-    lines = []
+    lines, tier = [], content["setting"]["tier"]
     for name, layer in content["layers"].items():
-        end = layer["rows"][OURS]["errors"]["validation"]
-        gained = 1 - layer["longer"]["errors"]["validation"] / end
         for target, verdict in layer["verdicts"].items():
             sooner = "never" if verdict["sooner"] is None else f"{verdict['sooner']:.1f} times"
-            lines.append(
-                f"large, {name}, {target}: sooner {sooner}, lower {verdict['lower_at_the_end']:.1%}"
-            )
-        lines.append(f"large, {name}: {gained:.1%} lower in more time")
+            lower = verdict["lower_at_the_end"]
+            lines.append(f"{tier}, {name}, {target}: sooner {sooner}, lower {lower:.1%}")
+        if "longer" in layer:
+            end = layer["rows"][OURS]["errors"]["validation"]
+            gained = 1 - layer["longer"]["errors"]["validation"] / end
+            lines.append(f"{tier}, {name}: {gained:.1%} lower in more time")
     return lines
 
 
@@ -284,6 +284,7 @@ LINES = {
     "planted": _planted,
     "planted_suite": _suite,
     "planted_suite-large": _suite,
+    "large_layers": _large,
     "large_layers-large": _large,
     "little_data": _little,
     "real_layer": _layer,

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 import attnreg
+from attnreg.result import relative_error
 from attnreg.transformers.adapters import adapter_for
 from attnreg.transformers.calibration import read_windows
 from attnreg.transformers.capture import capture
@@ -37,10 +38,8 @@ def main(folder: str, text: str, layer: int = 0) -> None:
     print(result.notes[0])
 
     for name, parameters in (("start", start.weights), ("fit", result.parameters)):
-        predicted = attnreg.predict(student, parameters, held_out)
-        targets = held_out.unpad([batch.B for batch in held_out.batches])
-        loss = sum(float((p - t).square().sum()) for p, t in zip(predicted, targets, strict=True))
-        print(f"{name}: relative error on held-out text {held_out.relative_error(loss):.4f}")
+        error = relative_error(held_out, student, parameters)
+        print(f"{name}: relative error on held-out text {error:.4f}")
 
 
 if __name__ == "__main__":

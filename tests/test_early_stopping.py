@@ -9,6 +9,7 @@ import torch
 import attnreg
 from attnreg import early_stopping
 from attnreg.early_stopping import FIRST, LONGER, RIDGES, STEPS, Bounds, fit_validated, held_out_fit
+from attnreg.objective import Objective
 from attnreg.records import Status
 from attnreg.result import relative_error
 
@@ -41,9 +42,16 @@ def few_and_others(noise=1.5, away=0.3, sequences=26):
     return (*(problem.subset(range(*part)) for part in parts), start)
 
 
-def chosen(problem, start, validation, iterations=60, seconds=None, **options):
-    bounds = Bounds(iterations, seconds)
-    return held_out_fit(problem, MODEL, start, validation, bounds=bounds, seed=0, **options)
+def chosen(problem, start, validation, iterations=60, seconds=None, observe=None, **options):
+    return held_out_fit(
+        Objective(problem, MODEL),
+        start,
+        validation,
+        bounds=Bounds(iterations, seconds),
+        seed=0,
+        observe=observe or (lambda record: None),
+        **options,
+    )
 
 
 def test_where_data_are_few_it_ends_below_the_start_and_the_fits_without():
@@ -142,17 +150,14 @@ def test_the_time_bounds_them(monkeypatch):
 
 def test_a_point_on_the_way_from_the_start(monkeypatch):
     few, other, _, start = few_and_others()
-    monkeypatch.setattr(early_stopping, "RIDGES", ())
     ends = []
-    whole = early_stopping._Judge.at
+    errors = {0.0: 1.0, 1.0: 0.9, STEPS[0]: 0.5, STEPS[1]: 0.6}
 
-    def at(self, weights, step):
+    def candidates(self, weights, step, fitted=None):
         ends.append(weights)
-        candidate = whole(self, weights, step)
-        errors = {0.0: 1.0, 1.0: 0.9, STEPS[0]: 0.5, STEPS[1]: 0.6}
-        return early_stopping._Candidate(weights, errors[step], candidate.ridge, step)
+        return [early_stopping._Candidate(weights, errors[step], 0.0, step)]
 
-    monkeypatch.setattr(early_stopping._Judge, "at", at)
+    monkeypatch.setattr(early_stopping._Judge, "candidates", candidates)
     found = chosen(few, start, other, iterations=FIRST)
     assert (found.step, found.error) == (STEPS[0], 0.5)
     for name, value in found.weights.items():
@@ -212,9 +217,12 @@ def test_the_result_is_what_it_says():
 def test_without_a_start_it_takes_the_models():
     few, other, _, _ = few_and_others()
     result = fit_validated(few, other, MODEL, max_iterations=5, seed=3)
-    assert relative_error(other, MODEL, result.parameters) <= relative_error(
-        other, MODEL, MODEL.start(few, 3)
-    )
+    given = fit_validated(few, other, MODEL, init=MODEL.start(few, 3), max_iterations=5, seed=3)
+    for name, value in given.parameters.items():
+        assert torch.equal(result.parameters[name], value)
+    # The model's start has a readout of zero.
+    start = relative_error(other, MODEL, MODEL.start(few, 3))
+    assert relative_error(other, MODEL, result.parameters) < start
 
 
 @pytest.mark.parametrize("stopped", [KeyboardInterrupt, None])

@@ -30,7 +30,7 @@ def test_a_row_of_a_layer_is_kept(results, monkeypatch):
     monkeypatch.setattr(large_layers, "our_row", lambda bed, tier: done.append("attnreg") or row)
     monkeypatch.setattr(large_layers, "peer_row", lambda p, *given: done.append(p.name) or row)
     rows, saved = {"Adam": row}, []
-    bed = type("Bed", (), {"calibration": None, "start": None})
+    bed = type("Bed", (), {"fitted": None, "start": None})
     tier = large_layers.TIERS["quick"]
     large_layers.run_layer("layer 3", bed, PEERS, tier, rows, lambda: saved.append(len(rows)))
     assert set(rows) == {OURS.name, *(peer.name for peer in PEERS)}
@@ -96,7 +96,7 @@ def test_the_best_finalist_is_the_row(monkeypatch):
             self.name = name
 
     class Bed:
-        calibration = start = None
+        fitted = start = None
 
         def validation(self, weights):
             return weights

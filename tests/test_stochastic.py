@@ -180,6 +180,22 @@ def test_bounds_end_it():
     assert [record.iteration for record in asked.history] == [0, 1, 2]
 
 
+@pytest.mark.parametrize(("rows", "batches", "times"), [(10**6, 1, 8), (80, 3, 3), (24, 10, 1)])
+def test_an_iteration_has_steps_enough(monkeypatch, rows, batches, times):
+    monkeypatch.setattr(minibatches, "BATCH_ROWS", rows)
+    problem, start = planted(lengths=(12,) * 20)
+    monkeypatch.setattr(stochastic, "RATE", 0.0)  # nothing moves: every epoch has the same loss
+    run = loop(problem, start)
+    assert (len(run._batches), run._times) == (batches, times)
+    monkeypatch.setattr(run._readout, "_solve", lambda damping: None)
+    records = []
+    monkeypatch.setattr(run._run, "_observe", records.append)
+    run.run()
+    assert run._steps == batches * times >= stochastic.FEWEST_STEPS
+    # The mean over the epochs of an iteration, not their sum.
+    assert records[1].loss == pytest.approx(records[0].loss, rel=1e-10)
+
+
 def test_the_rate_rises_and_falls(small_batches):
     problem, start = planted()
     run = loop(problem, start, iterations=10)

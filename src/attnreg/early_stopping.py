@@ -24,12 +24,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from attnreg.fitting import check_bounds, fit
+from attnreg.fitting import check_bounds
 from attnreg.models import Model
 from attnreg.objective import Objective
 from attnreg.problem import AttentionProblem
@@ -37,7 +37,8 @@ from attnreg.progress import ProgressDisplay
 from attnreg.records import Callback, IterationRecord, Status
 from attnreg.result import FitResult
 from attnreg.solvers.minibatches import Pooled, minibatches
-from attnreg.solvers.run import relative_gradient_norm
+from attnreg.solvers.run import Outcome, Settings, counted_on, relative_gradient_norm
+from attnreg.solvers.stochastic import Stochastic
 
 RIDGES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 FIRST, LONGER = 6, 3
@@ -136,8 +137,9 @@ def fit_validated(
         that of the reduced objective at the chosen point. Ctrl-C returns the best point so far.
 
     Raises:
-        ValueError: If a ridge is set, scales differ, an argument is out of range, the parameters do
-            not fit the model and both problems, or no validation error is finite.
+        ValueError: If a ridge is set, the sequences differ in widths, scale, dtype or device, an
+            argument is out of range, the parameters do not fit the model, or no validation error is
+            finite.
     """
     if problem.ridge_x or problem.ridge_y:
         raise ValueError(
@@ -145,28 +147,27 @@ def fit_validated(
             "validation sequences, which choose a ridge themselves: set both to 0"
         )
     check_bounds(TOL, max_iterations, max_seconds)
-    if validation.scale != problem.scale:
-        raise ValueError(
-            f"the validation sequences have scale={validation.scale}, those to fit on "
-            f"scale={problem.scale}: the same is expected"
-        )
+    for name in ("d_query", "d_key", "d_value", "d_out", "scale", "dtype", "device"):
+        given, expected = getattr(validation, name), getattr(problem, name)
+        if given != expected:
+            raise ValueError(
+                f"the validation sequences have {name}={given}, those to fit on have "
+                f"{name}={expected}: the same is expected"
+            )
     if init is None:
         init = model.start(problem, seed)
     start = init.parameters if isinstance(init, FitResult) else dict(init)
-    history: list[IterationRecord] = []
-
-    with ProgressDisplay(problem, TOL, max_seconds, enabled=progress) as display:
-
-        def observe(record: IterationRecord) -> bool | None:
-            history.append(record)
-            display.update(record)
-            return callback(record) if callback is not None else None
-
-        bounds = Bounds(max_iterations, max_seconds)
-        found = held_out_fit(
-            problem, model, start, validation, bounds=bounds, seed=seed, observe=observe
-        )
     objective = Objective(problem, model)
+    history: list[IterationRecord] = []
+    with ProgressDisplay(problem, TOL, max_seconds, enabled=progress) as display:
+        found = held_out_fit(
+            objective,
+            start,
+            validation,
+            bounds=Bounds(max_iterations, max_seconds),
+            seed=seed,
+            observe=display.observer(history, callback),
+        )
     theta, readout = model.split(problem, found.weights)
     point = Pooled(objective, minibatches(problem.batches), theta)
     loss = point.loss_at(readout)
@@ -196,25 +197,23 @@ def fit_validated(
 
 
 def held_out_fit(
-    problem: AttentionProblem,
-    model: Model,
+    objective: Objective,
     start: Weights,
     validation: AttentionProblem,
     *,
     bounds: Bounds,
     seed: int,
-    observe: Callback | None = None,
+    observe: Callback,
     stored: Stored = lambda weights: weights,
 ) -> Chosen:
     """The same with its choice, where weights are kept rounded.
 
     Args:
-        problem: The sequences to fit on.
-        model: What is fitted.
+        objective: The sequences to fit on, and what is fitted.
         start: Weights to start from.
         validation: The sequences that judge.
         bounds: For all rounds together.
-        seed: Of the first round; later ones have the next ones.
+        seed: Seed of the order of the mini-batches.
         observe: Called with each record, counted over the rounds; a true answer stops the fit.
         stored: What weights become where they are kept; the errors are those of that.
 
@@ -225,31 +224,39 @@ def held_out_fit(
         ValueError: If the error of the start and of all else is not finite.
     """
     began = time.perf_counter()
-    few = problem.n_rows * problem.d_out < ENOUGH * sum(value.numel() for value in start.values())
-    judge = _Judge(problem, validation, model, stored, RIDGES if few else ())
-    found = [judge.at(start, 0.0)]
+    problem, model = objective.problem, objective.model
+    weights = sum(value.numel() for value in start.values())
+    few = problem.n_rows * problem.d_out < ENOUGH * weights
+    judge = _Judge(objective, Objective(validation, model), stored, RIDGES if few else ())
+    found = judge.candidates(start, 0.0)
+    start_error, lowest = found[0].error, _lowest(found)
     path, status = {}, Status.VALIDATED
     last, iterations = start, 0
     # After the last round the points on the way are judged, and the result is made.
     scoring = (len(STEPS) + 1) * (time.perf_counter() - began)
     seconds = None if bounds.seconds is None else bounds.seconds - scoring
+    theta, _ = model.split(problem, start)
     rounds = _rounds(
-        problem, model, start, Bounds(bounds.iterations, seconds), seed, observe, few, began
+        objective, theta, Bounds(bounds.iterations, seconds), seed, observe, began, few=few
     )
-    for index, (result, iterations) in enumerate(rounds):
-        last = result.parameters
-        found.append(judge.at(last, 1.0))
-        if math.isfinite(found[-1].error):
-            path[str(iterations)] = found[-1].error
-        if result.status in (Status.INTERRUPTED, Status.STOPPED):
-            status = result.status
+    for index, (outcome, iterations) in enumerate(rounds):
+        point = outcome.point
+        assert isinstance(point, Pooled)
+        last = model.join(problem, point.theta, point.readout, start)
+        ends = judge.candidates(last, 1.0, point)
+        found += ends
+        if math.isfinite(_lowest(ends)):
+            path[str(iterations)] = _lowest(ends)
+        if outcome.status in (Status.INTERRUPTED, Status.STOPPED):
+            status = outcome.status
             break
-        if index and not found[-1].error < min(one.error for one in found[:-1]):
+        if index and not _lowest(ends) < lowest:
             break
+        lowest = min(lowest, _lowest(ends))
     if last is not start:
         for step in STEPS:
             between = {name: value.lerp(last[name], step) for name, value in start.items()}
-            found.append(judge.at(between, step))
+            found += judge.candidates(between, step)
     best = min(found, key=lambda one: one.error)
     if not math.isfinite(best.error):
         raise ValueError(
@@ -257,12 +264,12 @@ def held_out_fit(
             "float32 or bfloat16, or scale the inputs"
         )
     return Chosen(
-        **vars(best),
-        start_error=judge.start_error,
-        path=path,
-        iterations=iterations,
-        status=status,
+        **vars(best), start_error=start_error, path=path, iterations=iterations, status=status
     )
+
+
+def _lowest(candidates: Sequence[_Candidate]) -> float:
+    return min(one.error for one in candidates)
 
 
 class _Judge:
@@ -271,51 +278,49 @@ class _Judge:
     The features of the validation sequences are made once for all readouts of a point.
 
     Args:
-        problem: What is fitted.
-        validation: What judges.
-        model: The layer.
+        objective: What is fitted.
+        other: The same on the sequences that judge.
         stored: What weights become where they are kept, such as rounded.
         ridges: On the readout, rising.
     """
 
     def __init__(
-        self,
-        problem: AttentionProblem,
-        validation: AttentionProblem,
-        model: Model,
-        stored: Stored,
-        ridges: Sequence[float],
+        self, objective: Objective, other: Objective, stored: Stored, ridges: Sequence[float]
     ) -> None:
-        self._model, self._stored, self._ridges = model, stored, ridges
-        self._fitted = Objective(problem, model) if ridges else None
-        self._other = Objective(validation, model)
-        self._batches = minibatches(problem.batches), minibatches(validation.batches)
-        self.start_error = math.inf
+        self._objective, self._other = objective, other
+        self._stored, self._ridges = stored, ridges
+        self._batches, self._judging = (
+            minibatches(one.problem.batches) for one in (objective, other)
+        )
 
-    def at(self, weights: Weights, step: float) -> _Candidate:
-        """The best of the ridges; the first that does not help is the last that is tried."""
-        try:
-            found = self._judged(weights, step)
-        except torch.linalg.LinAlgError:  # features that are not finite
-            found = [_Candidate(weights, math.inf, 0.0, step)]
-        if not step:
-            self.start_error = found[0].error
-        return min(found, key=lambda one: one.error)
+    def candidates(
+        self, weights: Weights, step: float, fitted: Pooled | None = None
+    ) -> list[_Candidate]:
+        """Weights as they are, then with ridges; the first that does not help is the last.
 
-    def _judged(self, weights: Weights, step: float) -> list[_Candidate]:
-        model, other = self._model, self._other.problem
+        Args:
+            weights: The weights.
+            step: As in :class:`_Candidate`.
+            fitted: Their point on the sequences to fit on, where it is known.
+
+        Returns:
+            One or more.
+        """
+        model, problem, other = self._objective.model, self._objective.problem, self._other.problem
         theta, readout = model.split(other, self._stored(weights))
-        point = Pooled(self._other, self._batches[1], theta)
-        found = [_Candidate(weights, _error(point, readout), 0.0, step)]
-        if self._fitted is None:
+        try:
+            judging = Pooled(self._other, self._judging, theta)
+        except torch.linalg.LinAlgError:  # features that are not finite
+            return [_Candidate(weights, math.inf, 0.0, step)]
+        found = [_Candidate(weights, _error(judging, readout), 0.0, step)]
+        if not self._ridges:
             return found
-        problem = self._fitted.problem
         theta, _ = model.split(problem, weights)
-        fitted = Pooled(self._fitted, self._batches[0], theta)
+        fitted = fitted or Pooled(self._objective, self._batches, theta)
         for ridge in self._ridges:
             ridged = model.join(problem, theta, fitted.ridged(ridge), weights)
             _, readout = model.split(other, self._stored(ridged))
-            found.append(_Candidate(ridged, _error(point, readout), ridge, step))
+            found.append(_Candidate(ridged, _error(judging, readout), ridge, step))
             if not found[-1].error < found[-2].error:
                 break
         return found
@@ -327,65 +332,32 @@ def _error(point: Pooled, readout: Tensor) -> float:
 
 
 def _rounds(
-    problem: AttentionProblem,
-    model: Model,
-    start: Weights,
+    objective: Objective,
+    theta: Tensor,
     bounds: Bounds,
     seed: int,
-    observe: Callback | None,
-    few: bool,
+    observe: Callback,
     began: float,
-) -> Iterator[tuple[FitResult, int]]:
+    *,
+    few: bool,
+) -> Iterator[tuple[Outcome, int]]:
     """The rounds in turn, and the iterations until then; one for all of the bounds if not few."""
-    done, epochs = 0, FIRST if few else bounds.iterations
-    weights, index = start, 0
+    generator = torch.Generator().manual_seed(seed)
     records: list[IterationRecord] = []
+    done, epochs = 0, FIRST if few else bounds.iterations
     while done < bounds.iterations:
-        entered = time.perf_counter() - began
-        left = math.inf if bounds.seconds is None else bounds.seconds - entered
-        if left <= 0 and index:
+        spent = time.perf_counter() - began
+        left = math.inf if bounds.seconds is None else bounds.seconds - spent
+        if done and left <= 0:
             return
         # What would be left for less than another such round, this one takes.
-        if 2 * epochs > bounds.iterations - done or (done and 2 * epochs * entered / done > left):
+        if 2 * epochs > bounds.iterations - done or (done and 2 * epochs * spent / done > left):
             epochs = bounds.iterations - done
-
-        def counted(
-            record: IterationRecord,
-            entered: float = entered,
-            last: IterationRecord | None = records[-1] if records else None,
-        ) -> bool:
-            records.append(_counted_on(record, last, entered))
-            return observe is not None and bool(observe(records[-1]))
-
-        result = fit(
-            problem,
-            model,
-            solver="stochastic",
-            init=weights,
-            max_iterations=epochs,
-            max_seconds=None if math.isinf(left) else max(left, 1e-3),
-            seed=seed + index,
-            callback=counted,
-        )
+        settings = Settings(TOL, epochs, bounds.seconds)
+        counted = counted_on(observe, records)
+        outcome = Stochastic(objective, theta, settings, generator, counted, began).run()
         done = records[-1].iteration
-        yield result, done
-        if result.status is not Status.MAX_ITERATIONS:
+        yield outcome, done
+        if outcome.status is not Status.MAX_ITERATIONS:
             return
-        weights, epochs, index = result.parameters, LONGER * epochs, index + 1
-
-
-def _counted_on(
-    record: IterationRecord, last: IterationRecord | None, entered: float
-) -> IterationRecord:
-    """A record of a round that was entered at some seconds, after the last one before it."""
-    seconds = record.seconds + entered
-    if last is None:
-        return replace(record, seconds=seconds)
-    operations = {kind: n + last.operations.get(kind, 0) for kind, n in record.operations.items()}
-    return replace(
-        record,
-        iteration=record.iteration + last.iteration,
-        seconds=seconds,
-        passes=record.passes + last.passes,
-        operations=operations,
-    )
+        theta, epochs = outcome.point.theta, LONGER * epochs

@@ -135,12 +135,7 @@ def fit(
     bound = min(tol, FIRST_CERTIFIED) if certify else tol
     confirm = None if certifier is None else certifier.confirms
     with ProgressDisplay(problem, bound, max_seconds, enabled=progress) as display:
-
-        def observe(record: IterationRecord) -> bool | None:
-            history.append(record)
-            display.update(record)
-            return callback(record) if callback is not None else None
-
+        observe = display.observer(history, callback)
         objective = Objective(problem, model)
         generator = torch.Generator().manual_seed(seed)
         stages = stages_for(readout) if solver == "trust-region" else WARM

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from attnreg.problem import AttentionProblem
-from attnreg.records import IterationRecord
+from attnreg.records import Callback, IterationRecord
 
 
 class LiveLine:
@@ -73,6 +73,16 @@ class ProgressDisplay(LiveLine):
         self._problem, self._tol, self._max_seconds = problem, tol, max_seconds
         self._first = 0.0
         super().__init__("fit", enabled=enabled)
+
+    def observer(self, history: list[IterationRecord], callback: Callback | None) -> Callback:
+        """What a run is given: keeps each record, shows it and asks the user's callback."""
+
+        def observe(record: IterationRecord) -> bool | None:
+            history.append(record)
+            self.update(record)
+            return callback(record) if callback is not None else None
+
+        return observe
 
     def update(self, record: IterationRecord) -> None:
         """Shows one record."""

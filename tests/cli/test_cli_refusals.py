@@ -104,10 +104,10 @@ def test_validation_with_what_minimises_the_loss(refused, layer, options):
 
 def test_validation_sequences_that_do_not_fit(refused, layer):
     assert "absent" in refused(*MULTI, "--validation", "absent.safetensors")
-    random_problem = AttentionProblem(random(2, 6, 5), random(2, 6, 5))
-    random_problem.save("others.safetensors")
+    wider = AttentionProblem(random(2, 6, 5), random(2, 6, 5))
+    wider.save("others.safetensors")
     line = refused(*MULTI, "--init", "weights.safetensors", "--validation", "others.safetensors")
-    assert "W_Q" in line or "width" in line
+    assert "the validation sequences have d_query=5, those to fit on have d_query=4" in line
     assert "is an input too" in refused(
         "fit",
         "problem.safetensors",

@@ -24,24 +24,30 @@ def layer(sequences, rows=10, seed=0):
     return attnreg.AttentionProblem(inputs, outputs, mask="causal"), weights
 
 
-@pytest.mark.parametrize(("sequences", "few"), [(4, True), (64, False)])
-def test_the_fit_is_never_worse_held_out_than_its_start(sequences, few):
-    problem, weights = layer(sequences + 8)
-    fitted, held_out = (
-        problem.subset(range(sequences)),
-        problem.subset(range(sequences, sequences + 8)),
+def fitted_layer(sequences, held_out, max_iterations, saved, progress):
+    """The fit of a random layer, and its sequences that are fitted and held out."""
+    problem, weights = layer(sequences + held_out)
+    parts = tuple(
+        problem.subset(range(*part)) for part in ((0, sequences), (sequences, sequences + held_out))
     )
-    seen = []
     found = fit_layer(
-        fitted,
-        held_out,
+        *parts,
         (TEACHER, weights),
         STUDENT,
-        max_iterations=30,
+        max_iterations=max_iterations,
         max_seconds=None,
         seed=0,
-        saved=torch.bfloat16,
-        progress=lambda iteration, error: seen.append(iteration),
+        saved=saved,
+        progress=progress,
+    )
+    return found, *parts
+
+
+@pytest.mark.parametrize(("sequences", "few"), [(4, True), (64, False)])
+def test_the_fit_is_never_worse_held_out_than_its_start(sequences, few):
+    seen = []
+    found, fitted, held_out = fitted_layer(
+        sequences, 8, 30, torch.bfloat16, lambda iteration, error: seen.append(iteration)
     )
     assert few == (fitted.n_rows * 8 < ENOUGH * sum(w.numel() for w in found.weights.values()))
     assert len(found.path) == (2 if few else 1)
@@ -58,24 +64,12 @@ def test_the_fit_is_never_worse_held_out_than_its_start(sequences, few):
 
 
 def test_an_interrupted_fit_is_not_a_finished_one():
-    problem, weights = layer(12)
-
     def interrupt(iteration, error):
         if iteration:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fit_layer(
-            problem.subset(range(6)),
-            problem.subset(range(6, 12)),
-            (TEACHER, weights),
-            STUDENT,
-            max_iterations=5,
-            max_seconds=None,
-            seed=0,
-            saved=torch.float32,
-            progress=interrupt,
-        )
+        fitted_layer(6, 6, 5, torch.float32, interrupt)
 
 
 def test_a_sample_spreads_over_the_problem():

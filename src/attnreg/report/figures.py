@@ -35,10 +35,11 @@ def save_figures(
     Returns:
         The files written.
     """
+    errors, partners = _partners(original, student, problem)
     figures = {
         "convergence": _convergence(traces),
-        "heads": _heads(original, student, problem),
-        "attention": _attention(original, student, problem),
+        "heads": _heads(errors),
+        "attention": _attention(original, student, partners.tolist(), problem),
     }
     paths = []
     with mpl.rc_context({"font.size": 9}):
@@ -88,8 +89,7 @@ def _partners(
     return nearest.values / target.norm(dim=1), nearest.indices
 
 
-def _heads(original: Weighted, student: Weighted, problem: AttentionProblem) -> Figure:
-    errors, _ = _partners(original, student, problem)
+def _heads(errors: Tensor) -> Figure:
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
     axes = figure.subplots()
     axes.bar(range(len(errors)), errors.tolist(), color="tab:blue")
@@ -117,11 +117,12 @@ def _maps(weighted: Weighted, problem: AttentionProblem) -> Tensor:
     return torch.softmax(heads @ keys.repeat_interleave(layout.repeats, dim=0).mT, dim=-1)
 
 
-def _attention(original: Weighted, student: Weighted, problem: AttentionProblem) -> Figure:
+def _attention(
+    original: Weighted, student: Weighted, partners: list[int], problem: AttentionProblem
+) -> Figure:
     shown = (0, 4, 8, 11)
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots(2, len(shown))
-    partners = _partners(original, student, problem)[1].tolist()
     rows = (("original", original, shown), ("fitted", student, [partners[i] for i in shown]))
     for row, (name, weighted, heads) in enumerate(rows):
         maps = _maps(weighted, problem)

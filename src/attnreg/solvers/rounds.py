@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attnreg.objective import Objective
 from attnreg.records import Callback, IterationRecord, Status
-from attnreg.solvers.run import Outcome, Settings
+from attnreg.solvers.run import Outcome, Settings, counted_on
 from attnreg.solvers.stochastic import Stochastic
 from attnreg.solvers.trust_region import TrustRegion
 
@@ -50,15 +50,12 @@ def rounds_then_curvature(
     done, epochs = 0, FIRST
     records: list[IterationRecord] = []
 
-    def counted(record: IterationRecord) -> bool | None:
-        records.append(replace(record, iteration=record.iteration + done))
-        return observe(records[-1])
-
     def left(bound: int) -> Settings:
         return replace(settings, max_iterations=min(bound, settings.max_iterations - done))
 
     before = None
     while True:
+        counted = counted_on(observe, records)
         outcome = Stochastic(objective, theta, left(epochs), generator, counted, began).run()
         before = records[0].regularised if before is None else before
         theta, value = outcome.point.theta, outcome.point.regularised
@@ -73,5 +70,5 @@ def rounds_then_curvature(
         f"'trust-region' went on after {done} epochs of mini-batches: the last {last} lowered the "
         f"objective by {gain}"
     )
-    bounds = left(settings.max_iterations)
+    bounds, counted = left(settings.max_iterations), counted_on(observe, records)
     return TrustRegion(objective, theta, bounds, generator, counted, began).run(), reason

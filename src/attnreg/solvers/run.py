@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -143,6 +143,25 @@ class Run:
         if self.out_of_time():
             return Status.MAX_SECONDS
         return None
+
+
+def counted_on(observe: Callback, records: list[IterationRecord]) -> Callback:
+    """Observes one of several runs, its iterations counted on.
+
+    Args:
+        observe: Called with each record; a true answer stops the run.
+        records: Those of the runs before; the new ones are added.
+
+    Returns:
+        What the run is given.
+    """
+    done = records[-1].iteration if records else 0
+
+    def counted(record: IterationRecord) -> bool | None:
+        records.append(replace(record, iteration=record.iteration + done))
+        return observe(records[-1])
+
+    return counted
 
 
 def relative_gradient_norm(point: Iterate) -> float:

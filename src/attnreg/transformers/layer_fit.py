@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attnreg.early_stopping import Bounds, held_out_fit
 from attnreg.models import MultiHead
+from attnreg.objective import Objective
 from attnreg.problem import AttentionProblem
 from attnreg.records import IterationRecord, Status
 from attnreg.result import relative_error
@@ -103,8 +104,7 @@ def fit_layer(
             progress(record.iteration, problem.relative_error(record.loss))
 
     found = held_out_fit(
-        problem,
-        model,
+        Objective(problem, model),
         best.weights,
         validation,
         bounds=Bounds(max_iterations, max_seconds),
