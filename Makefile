@@ -64,6 +64,7 @@ bench: $(INSTALLED_BENCH)  ## the public table, docs/benchmarks.md (under 30 min
 bench-large: $(INSTALLED_BENCH)  ## the same in large (hours; goes on where it was)
 	@$(BIN)/python -m benchmarks.large_layers --tier large
 	@$(BIN)/python -m benchmarks.planted_suite --tier large
+	@$(BIN)/python -m benchmarks.little_data
 	@$(BIN)/python -m benchmarks.table
 
 bench-all: $(INSTALLED_BENCH)  ## every other benchmark too, JSON in benchmarks/results/ (a day)

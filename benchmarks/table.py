@@ -55,7 +55,7 @@ def tables(tiers: Iterable[str]) -> str:
             parts.append(planted_tables(suite, tier))
         if layers is not None:
             parts.append(layer_tables(layers, tier))
-        if (little := read("little_data", tier)) is not None:
+        if tier == "bench" and (little := read("little_data", tier)) is not None:
             parts.append(little_table(little))
     return "\n\n".join(parts)
 
