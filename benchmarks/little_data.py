@@ -1,14 +1,17 @@
 """Little data: the layers of all-MiniLM-L6-v2 from 12 to 4 key/value heads, few residuals a weight.
 
 Everybody has the same start, the best that `attnreg compress` makes of the original's weights
-(`W_O` solved by least squares), and the same sequences, float32, threads and seconds. The errors
+(`W_O` not solved for: on little data least squares is a worse start, for peers too), and the same
+sequences, float32, threads and seconds. The errors
 are ||prediction - B||_F / ||B - column mean||_F on the fitted sequences, on those that choose
 (validation), on others of the same two texts, and on a third text; the last two chose nothing.
 
-Peers: every setting of `benchmarks.peers` for all of the time, the best by validation, its weights
-scored as they are and with W_O and b_O solved on the fitted sequences, off the clock: the better by
-validation counts. attnreg in three ways: by curvature, by mini-batches, and as far as the
-validation sequences say (`attnreg.fit_validated`), whose scoring is on its clock.
+Peers: every setting of `benchmarks.peers`, and its lowest rates again at a quarter, for all of the
+time, the best by validation, its weights scored as they are and with W_O and b_O solved on the
+fitted sequences, off the clock: the better by validation counts. A further row of each has its W_O
+by attnreg's ridges, off the clock (`fit_validated` without an iteration): how much they are worth
+alone. attnreg in three ways: by curvature, by mini-batches, and as far as the validation sequences
+say (`attnreg.fit_validated`), whose scoring is on its clock.
 
     python -m benchmarks.little_data
 
@@ -19,9 +22,10 @@ side by side add to one file. `--fresh` begins anew.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from attnreg import AttentionProblem, FitResult, fit, fit_validated
@@ -43,6 +47,8 @@ from benchmarks.layer_problem import (
     WEIGHTS,
     Bed,
     Data,
+    Errors,
+    Weights,
     load_layer,
     third_text,
 )
@@ -50,6 +56,8 @@ from benchmarks.peers import Peer, found, installed, run
 
 NAMES = ("Adam", "Muon", "SOAP")
 OURS = "attnreg, validated"
+RIDGED = "{}, ridged"
+SLOWER = 4.0
 TEXTS = ("fitted", "validation", "same_texts", "third_text")
 
 
@@ -77,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     setting = SETTINGS[tier]
     everybody, missing = installed(found())
     peers = [peer for peer in everybody if peer.name in NAMES]
-    tried = {peer.name: [method.name for method in peer.layers] for peer in peers}
+    tried = {peer.name: [method.name for method in settings(peer)] for peer in peers}
     content: dict[str, Any] = {
         "machine": machine(),
         "setting": asdict(setting) | {"layers": None, "tried": tried, "dtype": "float32"},
@@ -107,9 +115,10 @@ def _layer(number: int, setting: Setting, peers: Sequence[Peer]) -> dict[str, An
     for count, seconds in zip(setting.sequences, setting.seconds, strict=True):
         fitted = layer.train.part(0, count)
         start = best_start(fitted.attention(), ORIGINAL, original, STUDENT)
-        bed = Bed(start.weights, dict(zip(TEXTS, (fitted, judging, scoring, third), strict=True)))
-        rows = {"start": bed.errors(start.weights) | {"setting": start.name}}
-        rows |= {peer.name: peer_row(peer, bed, seconds) for peer in peers}
+        bed = Bed(start.unsolved, dict(zip(TEXTS, (fitted, judging, scoring, third), strict=True)))
+        rows = {"start": bed.errors(bed.start) | {"setting": start.name}}
+        for peer in peers:
+            rows |= peer_rows(peer, bed, judging, seconds)
         rows |= our_rows(bed, judging, seconds)
         weights = sum(value.numel() for value in start.weights.values())
         cells[str(count)] = {
@@ -121,15 +130,36 @@ def _layer(number: int, setting: Setting, peers: Sequence[Peer]) -> dict[str, An
     return cells
 
 
-def peer_row(peer: Peer, bed: Bed, seconds: float) -> dict[str, Any]:
-    """The best setting of a peer, its readout as it is or solved."""
-    rows = [
-        bed.best_errors(run(method, bed.fitted, bed.start, seconds).weights)
-        | {"setting": method.name}
-        for method in peer.layers
+def settings(peer: Peer) -> list[Any]:
+    """A peer's settings for layers, and their lower rates at a fraction."""
+    methods: list[Any] = list(peer.layers)
+    lowest = sorted({method.rate for method in methods})[:2]
+    return methods + [
+        replace(method, rate=method.rate / SLOWER) for method in methods if method.rate in lowest
     ]
-    best: dict[str, Any] = min(rows, key=lambda row: row["validation"])
-    return best | {"tried": {row["setting"]: row["validation"] for row in rows}}
+
+
+def peer_rows(peer: Peer, bed: Bed, judging: Data, seconds: float) -> dict[str, dict[str, Any]]:
+    """The best setting of a peer, its readout as it is or solved; and with attnreg's ridges."""
+    rows: dict[str, list[dict[str, Any]]] = {peer.name: [], RIDGED.format(peer.name): []}
+    for method in settings(peer):
+        weights = run(method, bed.fitted, bed.start, seconds).weights
+        found = [bed.best_errors(weights), ridged_errors(bed, judging, weights)]
+        for kept, errors in zip(rows.values(), found, strict=True):
+            kept.append(errors | {"setting": method.name})
+    best = {name: min(kept, key=lambda row: row["validation"]) for name, kept in rows.items()}
+    tried = {row["setting"]: row["validation"] for row in rows[peer.name]}
+    return best | {peer.name: best[peer.name] | {"tried": tried}}
+
+
+def ridged_errors(bed: Bed, judging: Data, weights: Weights) -> Errors:
+    """Errors with the readout that validation chooses; infinite where weights are not finite."""
+    if not all(value.isfinite().all() for value in weights.values()):
+        return dict.fromkeys(TEXTS, math.inf)
+    solved = fit_validated(
+        bed.fitted.attention(), judging.attention(), STUDENT, init=weights, max_iterations=0
+    )
+    return bed.errors(solved.parameters)
 
 
 def our_rows(bed: Bed, judging: Data, seconds: float) -> dict[str, dict[str, Any]]:

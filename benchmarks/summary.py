@@ -250,18 +250,19 @@ def _little(content: dict[str, Any]) -> list[str]:
     ]
     lines, first = [], 0
     for name, rows in cells:
-        ours = rows["attnreg, validated"]
-        peers = {
-            peer: row for peer, row in rows.items() if "attnreg" not in peer and peer != "start"
+        ours, peers = rows["attnreg, validated"], content["setting"]["tried"]
+        gains = {
+            ending: [
+                1 - ours[text] / min(rows[peer + ending][text] for peer in peers)
+                for text in ("same_texts", "third_text")
+            ]
+            for ending in ("", ", ridged")
         }
-        gains = []
-        for text in ("same_texts", "third_text"):
-            best = min(peers, key=lambda peer: peers[peer][text])
-            gains.append(1 - ours[text] / peers[best][text])
-        first += min(gains) > 0
+        first += min(gains[""]) > 0
+        alone, ridged = ([f"{100 * gain:.1f}%" for gain in found] for found in gains.values())
         lines.append(
-            f"little data, {name}: below the best peer by {100 * gains[0]:.1f}% on the same texts, "
-            f"{100 * gains[1]:.1f}% on the third"
+            f"little data, {name}: below the best peer by {alone[0]} on the same texts, {alone[1]} "
+            f"on the third; with attnreg's ridges on its end by {ridged[0]}, {ridged[1]}"
         )
     return [f"little data: below all peers on {first} of {len(cells)}", *lines]
 

@@ -33,7 +33,7 @@ def main(folder: str, text: str, layer: int = 0) -> None:
     start = best_start(fitted, shape.model(), weights, student)
     print(f"starts: { {name: round(error, 3) for name, error in start.tried.items()} }")
     result = attnreg.fit_validated(
-        fitted, validation, student, init=start.weights, max_seconds=20, progress=True
+        fitted, validation, student, init=start.unsolved, max_seconds=20, progress=True
     )
     print(result.notes[0])
 

@@ -12,6 +12,7 @@ from attnreg.early_stopping import FIRST, LONGER, RIDGES, STEPS, Bounds, fit_val
 from attnreg.objective import Objective
 from attnreg.records import Status
 from attnreg.result import relative_error
+from attnreg.solvers.minibatches import Pooled, minibatches
 
 MODEL = attnreg.MultiHead(heads=4, kv_heads=2, head_dim=2, bias=False)
 
@@ -68,10 +69,14 @@ def test_where_data_are_few_it_ends_below_the_start_and_the_fits_without():
     assert relative_error(third, MODEL, found.weights) < relative_error(third, MODEL, start)
 
 
-def test_the_readout_is_the_ridged_one_of_its_features():
-    few, other, _, start = few_and_others()
+@pytest.mark.parametrize(("center", "away"), [("start", 0.1), ("zero", 0.3)])
+def test_the_readout_is_the_ridged_one_of_its_features(center, away):
+    few, other, _, start = few_and_others(away=away)
+    if center == "zero":  # a readout that says nothing
+        start = {**start, "W_O": 30.0 * start["W_O"].flip(0)}
     found = chosen(few, start, other, iterations=0)  # nothing moves but the readout
     assert found.ridge in RIDGES
+    assert found.center == center
     assert (found.step, found.iterations, found.path) == (0.0, 0, {})
     for name in ("W_Q", "W_K", "W_V"):
         assert torch.equal(found.weights[name], start[name])
@@ -79,24 +84,59 @@ def test_the_readout_is_the_ridged_one_of_its_features():
     blank = few.replace(B=torch.zeros((*few.batches[0].B.shape[:2], 8), dtype=torch.float64))
     features = attnreg.predict(MODEL, eye, blank).flatten(0, 1)
     gram = features.mT @ features
-    gram = gram + found.ridge * gram.diagonal().mean() * torch.eye(8, dtype=torch.float64)
-    expected = torch.linalg.solve(gram, features.mT @ few.batches[0].B.flatten(0, 1))
+    ridge = found.ridge * float(gram.diagonal().mean())
+    right = features.mT @ few.batches[0].B.flatten(0, 1)
+    if center == "start":
+        right = right + ridge * start["W_O"]
+    expected = torch.linalg.solve(gram + ridge * torch.eye(8, dtype=torch.float64), right)
     # Two Cholesky factors of a well-conditioned matrix.
     assert torch.allclose(found.weights["W_O"], expected, rtol=0, atol=1e-11)
 
 
-def test_ridges_rise_while_they_help(monkeypatch):
+def test_the_start_says_what_ridges_pull_to_and_each_point_how_strongly(monkeypatch):
     few, other, _, start = few_and_others()
-    errors = iter([0.9, 0.8, 0.7, 0.75])
-    monkeypatch.setattr(early_stopping, "_error", lambda point, readout: next(errors))
-    found = chosen(few, start, other, iterations=0)
-    assert (found.error, found.ridge, found.start_error) == (0.7, RIDGES[1], 0.9)
-    assert next(errors, None) is None
+    count, ridges = len(RIDGES), []
+    # As it is, by least squares, with ridges to the start's readout, and at the start to zero.
+    at_start = [0.9, 0.95, *[0.8] * count, *[0.85, 0.7, *[0.75] * (count - 2)]]
+    at_first_end = [0.65, 0.66, *[0.68] * (count - 1), 0.6]
+    later = [0.7] * (3 * (2 + count))
+    given = iter([*at_start, *at_first_end, *later])
+    monkeypatch.setattr(early_stopping, "_error", lambda point, readout: next(given))
+
+    class Seen(early_stopping.Stochastic):
+        def __init__(self, objective, *others):
+            ridges.append(objective.ridge)
+            super().__init__(objective, *others)
+
+    monkeypatch.setattr(early_stopping, "Stochastic", Seen)
+    found = chosen(few, start, other, iterations=100)
+    assert next(given, None) is None
+    assert (found.error, found.ridge, found.center) == (0.6, RIDGES[-1], "zero")
+    theta, _ = MODEL.split(few, start)
+    assert torch.equal(ridges[0].center, theta)  # where it was chosen
+    for ridge, share in zip(ridges, (RIDGES[1], RIDGES[-1]), strict=True):
+        assert not ridge.readout_center.any()
+        point = Pooled(Objective(few, MODEL), minibatches(few.batches), ridge.center)
+        expected = point.readout_ridge(share, ridge.readout_center).readout
+        assert torch.allclose(ridge.readout, expected, rtol=1e-12)
+
+
+def test_a_readout_that_is_not_from_the_data_is_worth_pulling_towards():
+    few, other, third, start = few_and_others(away=0.15)
+    found = chosen(few, start, other)
+    assert found.center == "start"
+    # The same features at the start, whose readout is solved on the data: nothing new to pull to.
+    theta, _ = MODEL.split(few, start)
+    readout = Pooled(Objective(few, MODEL), minibatches(few.batches), theta).readout
+    solved = chosen(few, MODEL.join(few, theta, readout, start), other)
+    assert solved.center in ("", "zero")
+    ours, theirs = (relative_error(third, MODEL, one.weights) for one in (found, solved))
+    assert ours < 0.99 * theirs
 
 
 def test_where_data_are_many_there_is_one_run_without_a_ridge():
-    problem, start = planted(70, noise=0.05, away=0.3)
-    many, other = problem.subset(range(60)), problem.subset(range(60, 70))
+    problem, start = planted(190, noise=0.05, away=0.3)
+    many, other = problem.subset(range(180)), problem.subset(range(180, 190))
     seen = []
     found = chosen(many, start, other, iterations=12, observe=lambda r: seen.append(r.iteration))
     alone = attnreg.fit(many, MODEL, solver="stochastic", init=start, max_iterations=12)
@@ -107,12 +147,20 @@ def test_where_data_are_many_there_is_one_run_without_a_ridge():
         assert torch.equal(found.weights[name], value)
 
 
+def with_errors(monkeypatch, errors):
+    """One candidate at each point, of the given errors in turn."""
+    given = iter(errors)
+
+    def candidates(self, weights, step, fitted=None):
+        return [early_stopping._Candidate(weights, next(given), step)]
+
+    monkeypatch.setattr(early_stopping._Judge, "candidates", candidates)
+
+
 def lengths_of_rounds(monkeypatch, errors, iterations, seconds=None):
-    """Rounds of a fit whose ends have the given errors, without ridges."""
+    """Rounds of a fit whose ends have the given errors."""
     few, other, _, start = few_and_others()
-    given = iter([1.0, *errors, 2.0, 2.0])
-    monkeypatch.setattr(early_stopping, "RIDGES", ())
-    monkeypatch.setattr(early_stopping, "_error", lambda point, readout: next(given))
+    with_errors(monkeypatch, [1.0, *errors, 2.0, 2.0])
     found = chosen(few, start, other, iterations, seconds)
     ends = [0, *map(int, found.path)]
     assert found.iterations == ends[-1]
@@ -155,7 +203,7 @@ def test_a_point_on_the_way_from_the_start(monkeypatch):
 
     def candidates(self, weights, step, fitted=None):
         ends.append(weights)
-        return [early_stopping._Candidate(weights, errors[step], 0.0, step)]
+        return [early_stopping._Candidate(weights, errors[step], step)]
 
     monkeypatch.setattr(early_stopping._Judge, "candidates", candidates)
     found = chosen(few, start, other, iterations=FIRST)
@@ -168,9 +216,7 @@ def test_a_point_on_the_way_from_the_start(monkeypatch):
 @pytest.mark.parametrize("worse", [2.0, math.inf])
 def test_the_start_stays_where_nothing_is_better(monkeypatch, worse):
     few, other, _, start = few_and_others()
-    given = iter([1.0] + [worse] * 9)
-    monkeypatch.setattr(early_stopping, "RIDGES", ())
-    monkeypatch.setattr(early_stopping, "_error", lambda point, readout: next(given))
+    with_errors(monkeypatch, [1.0] + [worse] * 9)
     found = chosen(few, start, other)
     assert found.weights is start
     assert (found.step, found.error) == (0.0, 1.0)

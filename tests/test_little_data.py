@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -39,6 +40,22 @@ def test_the_readout_that_validates_better_counts(bed):
     assert {lost[text] for text in little_data.TEXTS} == {math.inf}
 
 
+@dataclass(frozen=True)
+class Setting:
+    """A peer's setting; only its name and rate are looked at."""
+
+    rate: float
+    name: str = ""
+
+
+def test_low_rates_are_tried_at_a_quarter_too():
+    peer = Peer("p", (), tuple(map(Setting, (0.8, 0.4, 1.6, 0.4))))
+    assert [method.rate for method in little_data.settings(peer)] == [
+        *(0.8, 0.4, 1.6, 0.4),
+        *(0.2, 0.1, 0.1),
+    ]
+
+
 def test_a_peers_best_setting_is_that_of_the_lowest_validation_error(bed, monkeypatch):
     ends = {"lost": math.nan, "near": 0.0, "far": 3.0}  # by which W_Q of the start has moved
 
@@ -47,8 +64,19 @@ def test_a_peers_best_setting_is_that_of_the_lowest_validation_error(bed, monkey
         return Trace(weights={**start, "W_Q": start["W_Q"] + ends[method.name]})
 
     monkeypatch.setattr(little_data, "run", run)
-    methods = tuple(type("M", (), {"name": name})() for name in ends)
-    row = little_data.peer_row(Peer("p", (), methods), bed, 0.5)
+    monkeypatch.setattr(little_data, "settings", lambda peer: peer.layers)
+    methods = tuple(Setting(1.0, name) for name in ends)
+    judging = bed._texts["validation"]
+    rows = little_data.peer_rows(Peer("p", (), methods), bed, judging, 0.5)
+    assert list(rows) == ["p", "p, ridged"]
+    row, ridged = rows.values()
+    # Among the ridged readouts are the one that was given and the one by least squares.
+    assert ridged["validation"] <= row["validation"] * (1 + 1e-5)
+    for name, moved in ends.items():
+        if math.isfinite(moved):
+            moved_start = {**bed.start, "W_Q": bed.start["W_Q"] + moved}
+            errors = little_data.ridged_errors(bed, judging, moved_start)
+            assert ridged["validation"] <= errors["validation"], name
     assert row["tried"] == {
         name: bed.validation({**bed.start, "W_Q": bed.start["W_Q"] + moved})
         for name, moved in ends.items()

@@ -340,6 +340,7 @@ def test_little_data_in_the_table_and_in_the_summary():
         return {"same_texts": same, "third_text": third}
 
     rows = {"start": row(0.9, 1.2), "Adam": row(0.5, 0.8), "Muon": row(0.6, 0.7)}
+    rows |= {"Adam, ridged": row(0.45, 0.7), "Muon, ridged": row(0.6, 0.7)}
     rows |= {"attnreg, curvature": row(0.3, 0.9), "attnreg, validated": row(0.4, 0.63)}
     cell = {"residuals_a_weight": 4.0, "seconds": 6.0, "rows": rows}
     worse = {**rows, "attnreg, validated": row(0.55, 0.6)}
@@ -351,15 +352,16 @@ def test_little_data_in_the_table_and_in_the_summary():
     text = table.little_table(content)
     assert "Settings tried: Adam 2; Muon 1." in text
     line = (
-        "| layer 3 | 32 | 4 | 6 | 0.9, 1.2 | 0.5, 0.8 | 0.6, 0.7 | **0.3**, 0.9 | 0.4, **0.63** |"
+        "| layer 3 | 32 | 4 | 6 | 0.9, 1.2 | 0.5, 0.8 | 0.6, 0.7 | 0.45, 0.7 | 0.6, 0.7 "
+        "| **0.3**, 0.9 | 0.4, **0.63** |"
     )
     assert line in text
     assert summary._little(content) == [
         "little data: below all peers on 1 of 2",
         "little data, layer 3, 32 sequences: below the best peer by 20.0% on the same texts, "
-        "10.0% on the third",
+        "10.0% on the third; with attnreg's ridges on its end by 11.1%, 10.0%",
         "little data, layer 3, 96 sequences: below the best peer by -10.0% on the same texts, "
-        "14.3% on the third",
+        "14.3% on the third; with attnreg's ridges on its end by -22.2%, 14.3%",
     ]
 
 

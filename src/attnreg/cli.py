@@ -85,7 +85,8 @@ Validation = Annotated[
     typer.Option(
         metavar="FILE",
         help="More sequences, as in PROBLEM_FILE, that nothing is fitted on: mini-batches run as "
-        "long as the error on them falls, and they choose a ridge on W_O (Y).",
+        "long as the error on them falls, and they choose a ridge on W_O (Y), towards that of "
+        "--init or towards zero.",
     ),
 ]
 Tol = Annotated[float, typer.Option(help="Bound on the gradient, relative to the targets.")]

@@ -182,7 +182,7 @@ def _conversion(layer: Layer, budget: float, console: Console) -> tuple[list[Tra
     held_out = layer.problem(HELD_OUT)
     model = MultiHead(HEADS, KV_HEADS)
     best = best_start(problem, MultiHead(HEADS), layer.weights, model)
-    start = best.weights
+    start = best.unsolved
     ours = Trace("attnreg")
     began = time.perf_counter()
 

@@ -3,18 +3,20 @@
 With few residuals a weight the minimum of the loss is learnt by heart: the readout first, as least
 squares from as many features as the layer is wide, then everything else. So
 
-- the readout of every point that is looked at is solved with a ridge too, a share of
-  :data:`RIDGES` of the features' mean square on its diagonal (the constant row is free), larger
-  ones as long as they lower the validation error;
+- the readout of every point that is looked at is solved with ridges too, shares
+  :data:`RIDGES` of the features' mean square on the diagonal (the constant row is free). They pull
+  it towards the readout of the start, or towards zero: which, the start's validation errors say;
 - mini-batches run in rounds, the first of :data:`FIRST` epochs and each later one :data:`LONGER`
-  times as long, each from the end of the one before, until one after the first brings nothing;
+  times as long, each from the end of the one before and with the ridge that was best there, until
+  one after the first brings nothing;
 - points on the way from the start to the end of the last round are compared with the ends.
 
+A start's readout is worth pulling towards where it is not from the same data, such as what is left
+of an original layer's. One that was solved on them is where least squares ends anyway.
+
 The lowest validation error wins. From :data:`ENOUGH` residuals a weight on there is one run of
-mini-batches for all of the time and no ridge: on layers of a real model with 22 to 132 residuals a
-weight no pull towards the start lowered the held-out error by more than 0.4 %, and as the rate
-falls to zero no earlier epoch did by more than 0.02 % (132 a weight). Measured with less:
-`benchmarks/little_data.py`.
+mini-batches for all of the time and no ridge (trials in docs/theory.md; with less:
+`benchmarks/little_data.py`).
 
 Everything but the clock's bound is decided by counted work.
 """
@@ -30,7 +32,7 @@ import torch
 from torch import Tensor
 
 from attnreg.fitting import check_bounds
-from attnreg.models import Model
+from attnreg.models import Model, Ridge
 from attnreg.objective import Objective
 from attnreg.problem import AttentionProblem
 from attnreg.progress import ProgressDisplay
@@ -40,7 +42,7 @@ from attnreg.solvers.minibatches import Pooled, minibatches
 from attnreg.solvers.run import Outcome, Settings, counted_on, relative_gradient_norm
 from attnreg.solvers.stochastic import Stochastic
 
-RIDGES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+RIDGES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 FIRST, LONGER = 6, 3
 STEPS = (0.5, 0.75)
 """Points on the way from the start (0) to the end of the last round (1)."""
@@ -48,8 +50,10 @@ STEPS = (0.5, 0.75)
 TOL = 1e-8
 """Of every round; seldom met."""
 
-ENOUGH = 20
+ENOUGH = 60
 """Residuals a weight from which nothing of this is needed."""
+
+TOWARDS = {"start": "the start's", "zero": "zero"}
 
 Weights = Mapping[str, Tensor]
 Stored = Callable[[Weights], Weights]
@@ -76,13 +80,15 @@ class _Candidate:
         weights: The weights.
         error: Their validation error.
         ridge: On the readout, as a share of the features' mean square.
+        center: What it pulls towards: ``"start"``, ``"zero"``, or nothing.
         step: How far from the start to the end of a round: 0 the start, 1 the end.
     """
 
     weights: Weights
     error: float
-    ridge: float
     step: float
+    ridge: float = 0.0
+    center: str = ""
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,8 @@ def fit_validated(
         validation: Others, with the same widths, scale and kind of mask.
         model: What is fitted.
         init: Named parameters to start from, or a result; the better they are, the fewer epochs
-            there are in which to overfit. Default: those of ``model.start``.
+            there are in which to overfit. A readout that was solved on the same sequences tells
+            nothing new: give the one before. Default: those of ``model.start``.
         max_iterations: Bound on the epochs of all rounds together.
         max_seconds: Bound on their time, the scoring included.
         seed: Seed of the order of the mini-batches.
@@ -171,10 +178,11 @@ def fit_validated(
     theta, readout = model.split(problem, found.weights)
     point = Pooled(objective, minibatches(problem.batches), theta)
     loss = point.loss_at(readout)
+    towards = f" towards {TOWARDS[found.center]}" if found.center else ""
     note = (
         f"validation error {found.error:.4f}, of the start {found.start_error:.4f}; chosen: "
         f"{found.step:g} of the way to the end of a round, readout with a ridge of {found.ridge:g} "
-        "of the features' mean square"
+        f"of the features' mean square{towards}"
     )
     return FitResult(
         parameters=found.weights,
@@ -225,9 +233,9 @@ def held_out_fit(
     """
     began = time.perf_counter()
     problem, model = objective.problem, objective.model
-    weights = sum(value.numel() for value in start.values())
-    few = problem.n_rows * problem.d_out < ENOUGH * weights
-    judge = _Judge(objective, Objective(validation, model), stored, RIDGES if few else ())
+    few = scarce(problem, start)
+    theta, readout = model.split(problem, start)
+    judge = _Judge(objective, Objective(validation, model), stored, readout, few=few)
     found = judge.candidates(start, 0.0)
     start_error, lowest = found[0].error, _lowest(found)
     path, status = {}, Status.VALIDATED
@@ -235,10 +243,7 @@ def held_out_fit(
     # After the last round the points on the way are judged, and the result is made.
     scoring = (len(STEPS) + 1) * (time.perf_counter() - began)
     seconds = None if bounds.seconds is None else bounds.seconds - scoring
-    theta, _ = model.split(problem, start)
-    rounds = _rounds(
-        objective, theta, Bounds(bounds.iterations, seconds), seed, observe, began, few=few
-    )
+    rounds = _rounds(judge, theta, Bounds(bounds.iterations, seconds), seed, observe, began)
     for index, (outcome, iterations) in enumerate(rounds):
         point = outcome.point
         assert isinstance(point, Pooled)
@@ -268,6 +273,12 @@ def held_out_fit(
     )
 
 
+def scarce(problem: AttentionProblem, weights: Weights) -> bool:
+    """Whether there are too few residuals a weight to do without early stopping and ridges."""
+    count = sum(value.numel() for value in weights.values())
+    return problem.n_rows * problem.d_out < ENOUGH * count
+
+
 def _lowest(candidates: Sequence[_Candidate]) -> float:
     return min(one.error for one in candidates)
 
@@ -281,14 +292,26 @@ class _Judge:
         objective: What is fitted.
         other: The same on the sequences that judge.
         stored: What weights become where they are kept, such as rounded.
-        ridges: On the readout, rising.
+        readout: Of the start.
+        few: Whether data are few.
+
+    Attributes:
+        objective: With the ridge that had the lowest error at the last point, for the next round.
+        few: Whether data are few.
     """
 
     def __init__(
-        self, objective: Objective, other: Objective, stored: Stored, ridges: Sequence[float]
+        self,
+        objective: Objective,
+        other: Objective,
+        stored: Stored,
+        readout: Tensor,
+        *,
+        few: bool,
     ) -> None:
-        self._objective, self._other = objective, other
-        self._stored, self._ridges = stored, ridges
+        self.objective, self._other = objective, other
+        self._stored, self.few = stored, few
+        self._centers = {"start": readout, "zero": torch.zeros_like(readout)}
         self._batches, self._judging = (
             minibatches(one.problem.batches) for one in (objective, other)
         )
@@ -296,7 +319,9 @@ class _Judge:
     def candidates(
         self, weights: Weights, step: float, fitted: Pooled | None = None
     ) -> list[_Candidate]:
-        """Weights as they are, then with ridges; the first that does not help is the last.
+        """Weights as they are, by least squares, and with ridges, where data are few.
+
+        At the first point the ridges pull both ways; later ones have the better way only.
 
         Args:
             weights: The weights.
@@ -306,23 +331,31 @@ class _Judge:
         Returns:
             One or more.
         """
-        model, problem, other = self._objective.model, self._objective.problem, self._other.problem
+        model, problem, other = self.objective.model, self.objective.problem, self._other.problem
         theta, readout = model.split(other, self._stored(weights))
         try:
             judging = Pooled(self._other, self._judging, theta)
         except torch.linalg.LinAlgError:  # features that are not finite
-            return [_Candidate(weights, math.inf, 0.0, step)]
-        found = [_Candidate(weights, _error(judging, readout), 0.0, step)]
-        if not self._ridges:
+            return [_Candidate(weights, math.inf, step)]
+        found = [_Candidate(weights, _error(judging, readout), step)]
+        if not self.few:
             return found
         theta, _ = model.split(problem, weights)
-        fitted = fitted or Pooled(self._objective, self._batches, theta)
-        for ridge in self._ridges:
-            ridged = model.join(problem, theta, fitted.ridged(ridge), weights)
-            _, readout = model.split(other, self._stored(ridged))
-            found.append(_Candidate(ridged, _error(judging, readout), ridge, step))
-            if not found[-1].error < found[-2].error:
-                break
+        fitted = fitted or Pooled(self.objective, self._batches, theta)
+        ways: list[tuple[float, str, Ridge | None]] = [(0.0, "", None)]
+        ways += [
+            (share, name, fitted.readout_ridge(share, center))
+            for name, center in self._centers.items()
+            for share in RIDGES
+        ]
+        for share, name, ridge in ways:
+            solved = model.join(problem, theta, fitted.ridged(ridge), weights)
+            _, readout = model.split(other, self._stored(solved))
+            found.append(_Candidate(solved, _error(judging, readout), step, share, name))
+        best = min(range(1, len(ways)), key=lambda i: found[1 + i].error)
+        _, name, ridge = ways[best]
+        self._centers = {name: self._centers[name]}
+        self.objective = self.objective.with_ridge(ridge)
         return found
 
 
@@ -332,19 +365,12 @@ def _error(point: Pooled, readout: Tensor) -> float:
 
 
 def _rounds(
-    objective: Objective,
-    theta: Tensor,
-    bounds: Bounds,
-    seed: int,
-    observe: Callback,
-    began: float,
-    *,
-    few: bool,
+    judge: _Judge, theta: Tensor, bounds: Bounds, seed: int, observe: Callback, began: float
 ) -> Iterator[tuple[Outcome, int]]:
     """The rounds in turn, and the iterations until then; one for all of the bounds if not few."""
     generator = torch.Generator().manual_seed(seed)
     records: list[IterationRecord] = []
-    done, epochs = 0, FIRST if few else bounds.iterations
+    done, epochs = 0, FIRST if judge.few else bounds.iterations
     while done < bounds.iterations:
         spent = time.perf_counter() - began
         left = math.inf if bounds.seconds is None else bounds.seconds - spent
@@ -355,7 +381,7 @@ def _rounds(
             epochs = bounds.iterations - done
         settings = Settings(TOL, epochs, bounds.seconds)
         counted = counted_on(observe, records)
-        outcome = Stochastic(objective, theta, settings, generator, counted, began).run()
+        outcome = Stochastic(judge.objective, theta, settings, generator, counted, began).run()
         done = records[-1].iteration
         yield outcome, done
         if outcome.status is not Status.MAX_ITERATIONS:

@@ -22,6 +22,7 @@ Kaufman's approximation). No factor 1/2 anywhere.
 
 from __future__ import annotations
 
+import copy
 from functools import cached_property
 from typing import Protocol
 
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 
 from attnreg.kronecker import LeftFactor, apply_right, split_blocks
-from attnreg.models import Features, Model
+from attnreg.models import Features, Model, Ridge
 from attnreg.operations import Operations, product
 from attnreg.problem import AttentionProblem
 from attnreg.readout import NormalEquations
@@ -44,6 +45,7 @@ class Objective:
 
     Attributes:
         layout: Sizes of the model on the problem.
+        ridge: That of the problem, or None.
         targets: ``(rows, d_out)``, the rows of all batches, padding included.
         weights: ``(rows, 1)``, or None where every row has weight 1.
         left: Mean second moments of the inputs of the parameter blocks, decomposed.
@@ -74,6 +76,12 @@ class Objective:
         """Adds passes that were made outside the features."""
         self._passes += passes
 
+    def with_ridge(self, ridge: Ridge | None) -> Objective:
+        """The same with another ridge; operations are counted together, passes go on from here."""
+        other = copy.copy(self)
+        other.ridge, other._passes, other._points = ridge, self.passes, []
+        return other
+
     def features(self, theta: Tensor) -> Features:
         """Features at ``theta``, one attention pass."""
         features = Features(self.problem, self.model, theta, operations=self.operations)
@@ -87,6 +95,8 @@ class Objective:
         """Adds the gradient of the ridge of ``theta`` at a distance ``move`` from its centre."""
         ridge = self.ridge
         assert ridge is not None
+        if not ridge.right:
+            return
         matrices = split_blocks(move, self.layout.blocks)
         targets = split_blocks(out, self.layout.blocks)
         for left, right, matrix, target in zip(

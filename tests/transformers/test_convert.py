@@ -109,7 +109,8 @@ def test_the_report_is_true_of_the_folder(root, tmp_path, family):
         assert conversion.cosine == pytest.approx(expected, abs=1e-5)
     card = (tmp_path / "out" / "README.md").read_text()
     for layer in report["layers"]:
-        assert f"| {layer['start']} | {layer['ridge']:g} | {layer['step']:g} |" in card
+        ridge = f"{layer['ridge']:g}" + (f" to {layer['center']}" if layer["ridge"] else "")
+        assert f"| {layer['start']} | {ridge} | {layer['step']:g} |" in card
     assert task.fit.digest in card
     assert report["model_digest"] in card
     assert ("attnreg.load" in card) != expressible

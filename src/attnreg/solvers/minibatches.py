@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attnreg.batching import Batch
-from attnreg.models import Features
+from attnreg.models import Features, Ridge
 from attnreg.objective import Objective
 from attnreg.operations import product
 from attnreg.readout import scaled_inverse
@@ -129,7 +129,7 @@ class Pooled:
         scale = self._scale(batches)
         self._gram, self._right = (both * scale).split([k, out], dim=1)
         self._square = square * scale
-        self.readout, self.rank = self._solved(self._gram.clone(), self._right.clone())
+        self.readout, self.rank = self._solved(objective.ridge)
         self.loss = self.loss_at(self.readout)
         self.value = self.loss + objective.ridge_value(theta, self.readout)
 
@@ -139,20 +139,24 @@ class Pooled:
         change = readout * (self._gram @ readout - 2.0 * self._right)
         return self._square + float(change.sum())
 
-    def ridged(self, share: float) -> Tensor:
-        """The readout with a further ridge.
+    def readout_ridge(self, share: float, center: Tensor) -> Ridge:
+        """A ridge on the readout alone.
 
         Args:
-            share: The ridge, in units of the features' summed squares, mean over the features; the
-                constant row has none.
+            share: Its strength, in units of the features' summed squares, mean over the features;
+                the constant row has none.
+            center: What it pulls towards, ``(features [+ 1], d_out)``.
 
         Returns:
-            The readout, of the shape of the minimiser.
+            The ridge.
         """
-        gram, width = self._gram.clone(), self.objective.layout.features
-        diagonal = gram.diagonal()[:width]
-        diagonal += share * float(diagonal.mean())
-        return self._solved(gram, self._right.clone())[0]
+        metric, width = torch.zeros_like(self._gram), self.objective.layout.features
+        metric.diagonal()[:width] = share * self._gram.diagonal()[:width].mean()
+        return Ridge(self.theta, (), center, metric)
+
+    def ridged(self, ridge: Ridge | None) -> Tensor:
+        """The readout with another ridge in place of the objective's."""
+        return self._solved(ridge)[0]
 
     @property
     def regularised(self) -> float:
@@ -177,11 +181,11 @@ class Pooled:
         weight = sum(float(batch.weights.sum(dtype=torch.float64)) for batch in batches)
         return self.objective.problem.total_weight / weight
 
-    def _solved(self, gram: Tensor, right: Tensor) -> tuple[Tensor, int]:
-        objective, ridge = self.objective, self.objective.ridge
+    def _solved(self, ridge: Ridge | None) -> tuple[Tensor, int]:
+        gram, right = self._gram, self._right
         if ridge is not None:
-            gram += ridge.readout
-            right += ridge.readout @ ridge.readout_center.double()
+            gram = gram + ridge.readout
+            right = right + ridge.readout @ ridge.readout_center.double()
         inverse, rank = scaled_inverse(gram, self.theta.dtype)
-        objective.operations.small += product(gram.shape[0], gram.shape[0], right.shape[1])
+        self.objective.operations.small += product(gram.shape[0], gram.shape[0], right.shape[1])
         return (inverse @ right).to(self.theta.dtype), rank

@@ -231,7 +231,7 @@ class Stochastic:
 
     def _add_ridge(self, gradient: Tensor, share: float) -> None:
         ridge = self._objective.ridge
-        if ridge is None:
+        if ridge is None or not ridge.right:
             return
         pull = torch.zeros_like(gradient)
         self._objective.add_ridge_gradient(self._inputs.leave(self._theta) - ridge.center, pull)

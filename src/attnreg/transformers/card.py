@@ -114,7 +114,7 @@ def model_card(report: Mapping[str, Any]) -> str:
     ]
     layers = [
         f"| {', '.join(map(str, layer['layers']))} | {_sizes(layer['original'])} "
-        f"| {_sizes(layer['student'])} | {layer['start']} | {layer['ridge']:g} | {layer['step']:g} "
+        f"| {_sizes(layer['student'])} | {layer['start']} | {_ridge(layer)} | {layer['step']:g} "
         f"| {layer['start_error']:.4f} | {layer['held_out_error']:.4f} |"
         for layer in report["layers"]
     ]
@@ -145,7 +145,8 @@ def model_card(report: Mapping[str, Any]) -> str:
         "Sizes are query heads / key/value heads / width of a head. Errors are relative errors of "
         "the attention's output on held-out text, on the student's own inputs: of the start, and "
         "of the fit. The held-out text chose a ridge on W_O (as a share of the mean square of what "
-        "it reads) and the step: how far from the start (0) to the end of a round of the fit (1).",
+        "it reads, towards the start's or towards zero) and the step: how far from the start (0) "
+        "to the end of a round of the fit (1).",
         "",
         "| layer | original | student | start | ridge | step | error of the start "
         "| error of the fit |",
@@ -232,6 +233,12 @@ def _costs(task: Task, *, student: bool) -> dict[str, Any]:
 
 def _sizes(values: Mapping[str, int]) -> str:
     return " / ".join(str(values[name]) for name in ("heads", "kv_heads", "head_dim"))
+
+
+def _ridge(layer: Mapping[str, Any]) -> str:
+    center = layer.get("center")  # not in the journals of older versions
+    towards = f" to {center}" if center else ""
+    return f"{layer['ridge']:g}{towards}"
 
 
 def _number(value: float | None) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnreg.early_stopping import Bounds, held_out_fit
+from attnreg.early_stopping import Bounds, held_out_fit, scarce
 from attnreg.models import MultiHead
 from attnreg.objective import Objective
 from attnreg.problem import AttentionProblem
@@ -35,12 +35,14 @@ class LayerFit:
         weights: By name, float32.
         start: Name of the start.
         tried: Relative error of every start on a sample of the fitted windows.
-        start_error: Held-out relative error of the start.
+        start_error: Held-out relative error of the start; where data are few, of the one whose
+            ``W_O`` is not solved for.
         error: Relative error on the fitted windows.
         held_out_error: Relative error on the held-out windows: the least of the start, the rounds
             of the fit and the points between, so slightly optimistic.
         iterations: Iterations of the fit, all rounds together.
         ridge: Of the readout, as a share of the features' mean square.
+        center: What that pulls towards: ``"start"``, ``"zero"``, or nothing.
         step: How far from the start (0) to the end of a round (1) the weights lie.
         path: Held-out relative error at the end of every round, by iterations until then.
     """
@@ -53,6 +55,7 @@ class LayerFit:
     held_out_error: float
     iterations: int
     ridge: float = 0.0
+    center: str = ""
     step: float = 1.0
     path: dict[str, float] = field(default_factory=dict)
 
@@ -105,7 +108,7 @@ def fit_layer(
 
     found = held_out_fit(
         Objective(problem, model),
-        best.weights,
+        best.unsolved if scarce(problem, best.weights) else best.weights,
         validation,
         bounds=Bounds(max_iterations, max_seconds),
         seed=seed,
@@ -124,6 +127,7 @@ def fit_layer(
         held_out_error=found.error,
         iterations=found.iterations,
         ridge=found.ridge,
+        center=found.center,
         step=found.step,
         path=found.path,
     )

@@ -63,6 +63,8 @@ class Start:
     Attributes:
         name: Which one.
         weights: Its weights, ``W_O`` and ``b_O`` by least squares.
+        unsolved: The same with the ``W_O`` that the pooling makes of the original's. Where data are
+            few, the better start for :func:`attnreg.fit_validated`, which pulls towards it.
         relative_error: ``||prediction - B|| / ||B - mean||`` with them.
         tried: The relative error of every start, by name.
         notes: Why a start was left out, by name.
@@ -70,6 +72,7 @@ class Start:
 
     name: str
     weights: Weights
+    unsolved: Weights
     relative_error: float
     tried: dict[str, float]
     notes: dict[str, str] = field(default_factory=dict)
@@ -135,7 +138,7 @@ def best_start(
         reasons = "; ".join(f"{name}: {reason}" for name, reason in notes.items())
         raise ValueError(f"no start leads from {teacher} to {student}: {reasons}")
     best = min(tried, key=lambda name: tried[name])
-    return Start(best, solved[best], tried[best], tried, notes)
+    return Start(best, solved[best], made[best], tried[best], tried, notes)
 
 
 def solve_readout(
