@@ -99,7 +99,7 @@ def test_the_start_says_what_ridges_pull_to_and_each_point_how_strongly(monkeypa
     # As it is, by least squares, with ridges to the start's readout, and at the start to zero.
     at_start = [0.9, 0.95, *[0.8] * count, *[0.85, 0.7, *[0.75] * (count - 2)]]
     at_first_end = [0.65, 0.66, *[0.68] * (count - 1), 0.6]
-    later = [0.7] * (3 * (2 + count))
+    later = [0.7] * (5 * (2 + count))  # the second end, and two points to each end
     given = iter([*at_start, *at_first_end, *later])
     monkeypatch.setattr(early_stopping, "_error", lambda point, readout: next(given))
 
@@ -160,7 +160,7 @@ def with_errors(monkeypatch, errors):
 def lengths_of_rounds(monkeypatch, errors, iterations, seconds=None):
     """Rounds of a fit whose ends have the given errors."""
     few, other, _, start = few_and_others()
-    with_errors(monkeypatch, [1.0, *errors, 2.0, 2.0])
+    with_errors(monkeypatch, [1.0, *errors, 2.0, 2.0, 2.0, 2.0])
     found = chosen(few, start, other, iterations, seconds)
     ends = [0, *map(int, found.path)]
     assert found.iterations == ends[-1]
@@ -170,12 +170,12 @@ def lengths_of_rounds(monkeypatch, errors, iterations, seconds=None):
 @pytest.mark.parametrize(
     ("errors", "iterations", "lengths"),
     [
-        ([0.9, 0.8, 0.7], 100, [FIRST, LONGER * FIRST, 100 - 4 * FIRST]),
+        ([0.9, 0.8, 0.7, 0.6], 100, [FIRST, 2 * FIRST, 4 * FIRST, 100 - 7 * FIRST]),
         ([0.9, 0.95], 100, [FIRST, LONGER * FIRST]),  # the second brought nothing
         ([1.1, 0.9, 0.95], 300, [FIRST, LONGER * FIRST, LONGER**2 * FIRST]),  # the first may
         ([1.1, 1.2], 100, [FIRST, LONGER * FIRST]),
         ([0.9], 10, [10]),  # no room for another one
-        ([0.9, 0.8], 30, [FIRST, 30 - FIRST]),
+        ([0.9, 0.8, 0.7], 30, [FIRST, 2 * FIRST, 30 - 3 * FIRST]),
         ([], 0, []),
     ],
 )
@@ -211,6 +211,24 @@ def test_a_point_on_the_way_from_the_start(monkeypatch):
     for name, value in found.weights.items():
         expected = start[name] + STEPS[0] * (ends[1][name] - start[name])
         assert torch.allclose(value, expected, rtol=0, atol=1e-14)
+
+
+def test_points_on_the_way_are_those_to_the_best_end_and_to_the_last(monkeypatch):
+    few, other, _, start = few_and_others()
+    errors, ends, seen = iter([1.0, 0.8, 0.7, 0.9, *[2.0] * 4]), [], []
+
+    def candidates(self, weights, step, fitted=None):
+        (ends if step == 1.0 else seen).append(weights)
+        return [early_stopping._Candidate(weights, next(errors), step)]
+
+    monkeypatch.setattr(early_stopping._Judge, "candidates", candidates)
+    chosen(few, start, other, iterations=1000)
+    assert next(errors, None) is None
+    _, best, last = ends
+    for found, (end, step) in zip(seen[1:], itertools.product((best, last), STEPS), strict=True):
+        for name, value in found.items():
+            expected = start[name] + step * (end[name] - start[name])
+            assert torch.allclose(value, expected, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("worse", [2.0, math.inf])

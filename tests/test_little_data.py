@@ -101,12 +101,24 @@ def test_ours_are_scored_on_all_texts(bed):
 def test_layers_side_by_side_add_to_one_file(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     monkeypatch.setattr(common.console, "print", lambda *text, **options: None)
+    monkeypatch.setattr(little_data, "_print", lambda name, cells: None)
     made = []
-    monkeypatch.setattr(little_data, "_layer", lambda number, *given: made.append(number) or {})
-    for layers in (["5"], ["3", "5"]):
-        little_data.main(["--layers", *layers])
-    content = json.loads((tmp_path / "little_data.json").read_text())
-    assert list(content["layers"]) == ["layer 3", "layer 5"]
+
+    def layer(number, setting, peers, before):
+        made.append(number)
+        return {"made": len(made), "before": before and before["made"]}
+
+    monkeypatch.setattr(little_data, "_layer", layer)
+    for chosen in (["5"], ["3", "5"]):
+        little_data.main(["--layers", *chosen])
+
+    def layers():
+        return json.loads((tmp_path / "little_data.json").read_text())["layers"]
+
+    assert list(layers()) == ["layer 3", "layer 5"]
     assert made == [5, 3]
+    little_data.main(["--layers", "3", "--ours"])
+    assert layers()["layer 3"] == {"made": 3, "before": 2}
     little_data.main(["--layers", "3", "--fresh"])
-    assert made == [5, 3, 3]
+    assert made == [5, 3, 3, 3]
+    assert layers() == {"layer 3": {"made": 4, "before": None}}

@@ -9,7 +9,8 @@ squares from as many features as the layer is wide, then everything else. So
 - mini-batches run in rounds, the first of :data:`FIRST` epochs and each later one :data:`LONGER`
   times as long, each from the end of the one before and with the ridge that was best there, until
   one after the first brings nothing;
-- points on the way from the start to the end of the last round are compared with the ends.
+- points on the way from the start to the ends of the best round and of the last are compared with
+  the ends.
 
 A start's readout is worth pulling towards where it is not from the same data, such as what is left
 of an original layer's. One that was solved on them is where least squares ends anyway.
@@ -43,9 +44,9 @@ from attnreg.solvers.run import Outcome, Settings, counted_on, relative_gradient
 from attnreg.solvers.stochastic import Stochastic
 
 RIDGES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
-FIRST, LONGER = 6, 3
+FIRST, LONGER = 6, 2
 STEPS = (0.5, 0.75)
-"""Points on the way from the start (0) to the end of the last round (1)."""
+"""Points on the way from the start (0) to the end of a round (1)."""
 
 TOL = 1e-8
 """Of every round; seldom met."""
@@ -239,7 +240,7 @@ def held_out_fit(
     found = judge.candidates(start, 0.0)
     start_error, lowest = found[0].error, _lowest(found)
     path, status = {}, Status.VALIDATED
-    last, iterations = start, 0
+    last, leading, iterations = start, start, 0
     # After the last round the points on the way are judged, and the result is made.
     scoring = (len(STEPS) + 1) * (time.perf_counter() - began)
     seconds = None if bounds.seconds is None else bounds.seconds - scoring
@@ -255,12 +256,13 @@ def held_out_fit(
         if outcome.status in (Status.INTERRUPTED, Status.STOPPED):
             status = outcome.status
             break
-        if index and not _lowest(ends) < lowest:
+        if _lowest(ends) < lowest:
+            lowest, leading = _lowest(ends), last
+        elif index:
             break
-        lowest = min(lowest, _lowest(ends))
-    if last is not start:
-        for step in STEPS:
-            between = {name: value.lerp(last[name], step) for name, value in start.items()}
+    for end in [last] if last is leading else [leading, last]:
+        for step in STEPS if end is not start else ():
+            between = {name: value.lerp(end[name], step) for name, value in start.items()}
             found += judge.candidates(between, step)
     best = min(found, key=lambda one: one.error)
     if not math.isfinite(best.error):
@@ -342,21 +344,24 @@ class _Judge:
             return found
         theta, _ = model.split(problem, weights)
         fitted = fitted or Pooled(self.objective, self._batches, theta)
-        ways: list[tuple[float, str, Ridge | None]] = [(0.0, "", None)]
-        ways += [
-            (share, name, fitted.readout_ridge(share, center))
+
+        def solved(ridge: Ridge | None, share: float = 0.0, center: str = "") -> _Candidate:
+            ridged = model.join(problem, theta, fitted.ridged(ridge), weights)
+            _, readout = model.split(other, self._stored(ridged))
+            return _Candidate(ridged, _error(judging, readout), step, share, center)
+
+        found.append(solved(None))
+        ridges = [
+            (fitted.readout_ridge(share, center), share, name)
             for name, center in self._centers.items()
             for share in RIDGES
         ]
-        for share, name, ridge in ways:
-            solved = model.join(problem, theta, fitted.ridged(ridge), weights)
-            _, readout = model.split(other, self._stored(solved))
-            found.append(_Candidate(solved, _error(judging, readout), step, share, name))
-        best = min(range(1, len(ways)), key=lambda i: found[1 + i].error)
-        _, name, ridge = ways[best]
+        ridged = [solved(*one) for one in ridges]
+        best = min(range(len(ridges)), key=lambda i: ridged[i].error)
+        ridge, _, name = ridges[best]
         self._centers = {name: self._centers[name]}
         self.objective = self.objective.with_ridge(ridge)
-        return found
+        return found + ridged
 
 
 def _error(point: Pooled, readout: Tensor) -> float:
