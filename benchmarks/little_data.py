@@ -11,7 +11,8 @@ time, the best by validation, its weights scored as they are and with W_O and b_
 fitted sequences, off the clock: the better by validation counts. A further row of each has its W_O
 by attnreg's ridges, off the clock (`fit_validated` without an iteration): how much they are worth
 alone. attnreg in three ways: by curvature, by mini-batches, and as far as the validation sequences
-say (`attnreg.fit_validated`), whose scoring is on its clock.
+say (`attnreg.fit_validated`), whose scoring is on its clock. Rows are medians of three runs, of a
+peer's best setting too.
 
     python -m benchmarks.little_data
 
@@ -25,8 +26,9 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from attnreg import AttentionProblem, FitResult, fit, fit_validated
@@ -35,6 +37,7 @@ from benchmarks.common import (
     command_line,
     console,
     machine,
+    median,
     parse,
     print_table,
     results_of,
@@ -59,6 +62,7 @@ NAMES = ("Adam", "Muon", "SOAP")
 OURS = "attnreg, validated"
 RIDGED = "{}, ridged"
 SLOWER = 4.0
+REPEATS = 3
 TEXTS = ("fitted", "validation", "same_texts", "third_text")
 
 
@@ -122,13 +126,8 @@ def _layer(
         bed = Bed(start.unsolved, dict(zip(TEXTS, (fitted, judging, scoring, third), strict=True)))
         rows = {"start": bed.errors(bed.start) | {"setting": start.name}}
         for peer in peers:
-            names = (peer.name, RIDGED.format(peer.name))
-            kept = (
-                None
-                if before is None
-                else {name: before[str(count)]["rows"][name] for name in names}
-            )
-            rows |= kept or peer_rows(peer, bed, judging, seconds)
+            kept = {} if before is None else before[str(count)]["rows"]
+            rows |= peer_rows(peer, bed, judging, seconds, kept)
         rows |= our_rows(bed, judging, seconds)
         weights = sum(value.numel() for value in start.weights.values())
         cells[str(count)] = {
@@ -149,17 +148,50 @@ def settings(peer: Peer) -> list[Any]:
     ]
 
 
-def peer_rows(peer: Peer, bed: Bed, judging: Data, seconds: float) -> dict[str, dict[str, Any]]:
-    """The best setting of a peer, its readout as it is or solved; and with attnreg's ridges."""
-    rows: dict[str, list[dict[str, Any]]] = {peer.name: [], RIDGED.format(peer.name): []}
-    for method in settings(peer):
+def peer_rows(
+    peer: Peer, bed: Bed, judging: Data, seconds: float, kept: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """The best setting of a peer, its readout as it is or solved; and with attnreg's ridges.
+
+    Args:
+        peer: The peer.
+        bed: The layer.
+        judging: The sequences that choose.
+        seconds: Of each run.
+        kept: Rows of an earlier run; those of this peer are taken from it.
+    """
+    ways: dict[str, Callable[[Weights], dict[str, Any]]] = {
+        peer.name: bed.best_errors,
+        RIDGED.format(peer.name): partial(ridged_errors, bed, judging),
+    }
+
+    def score(method: Any, names: Iterable[str]) -> dict[str, dict[str, Any]]:
         weights = run(method, bed.fitted, bed.start, seconds).weights
-        found = [bed.best_errors(weights), ridged_errors(bed, judging, weights)]
-        for kept, errors in zip(rows.values(), found, strict=True):
-            kept.append(errors | {"setting": method.name})
-    best = {name: min(kept, key=lambda row: row["validation"]) for name, kept in rows.items()}
-    tried = {row["setting"]: row["validation"] for row in rows[peer.name]}
-    return best | {peer.name: best[peer.name] | {"tried": tried}}
+        return {name: ways[name](weights) | {"setting": method.name} for name in names}
+
+    methods = {method.name: method for method in settings(peer)}
+    if set(ways) <= set(kept):
+        best = {name: kept[name] for name in ways}
+    else:
+        rows = [score(method, ways) for method in methods.values()]
+        best = {
+            name: min((row[name] for row in rows), key=lambda row: row["validation"])
+            for name in ways
+        }
+        best[peer.name]["tried"] = {
+            row[peer.name]["setting"]: row[peer.name]["validation"] for row in rows
+        }
+    found = {}
+    for name, row in best.items():
+        missing = REPEATS - row.get("runs", 1)
+        ends = [score(methods[row["setting"]], [name])[name] for _ in range(missing)]
+        found[name] = row | (_middle([row, *ends]) | {"runs": REPEATS} if ends else {})
+    return found
+
+
+def _middle(rows: Sequence[Mapping[str, Any]]) -> Errors:
+    """The medians of runs of one setting."""
+    return {text: median([row[text] for row in rows]) or math.inf for text in TEXTS}
 
 
 def ridged_errors(bed: Bed, judging: Data, weights: Weights) -> Errors:
@@ -183,10 +215,14 @@ def our_rows(bed: Bed, judging: Data, seconds: float) -> dict[str, dict[str, Any
     }
     rows = {}
     for name, way in ways.items():
-        began = time.perf_counter()
-        result = way(bed.fitted.attention())
-        took = {"seconds": time.perf_counter() - began}
-        rows[name] = bed.errors(result.parameters) | {"setting": "; ".join(result.notes)} | took
+        ends, times = [], []
+        for _ in range(REPEATS):
+            began = time.perf_counter()
+            result = way(bed.fitted.attention())
+            times.append(time.perf_counter() - began)
+            ends.append(bed.errors(result.parameters))
+        took = {"seconds": median(times), "runs": REPEATS}
+        rows[name] = _middle(ends) | {"setting": "; ".join(result.notes)} | took
     return rows
 
 

@@ -67,8 +67,15 @@ def test_a_peers_best_setting_is_that_of_the_lowest_validation_error(bed, monkey
     monkeypatch.setattr(little_data, "settings", lambda peer: peer.layers)
     methods = tuple(Setting(1.0, name) for name in ends)
     judging = bed._texts["validation"]
-    rows = little_data.peer_rows(Peer("p", (), methods), bed, judging, 0.5)
+    peer = Peer("p", (), methods)
+    rows = little_data.peer_rows(peer, bed, judging, 0.5, {})
     assert list(rows) == ["p", "p, ridged"]
+    assert [found["runs"] for found in rows.values()] == [little_data.REPEATS] * 2
+    # What an earlier run made is not run again, and fewer runs of it are completed.
+    kept = {name: {**found, "seconds": 7.0} for name, found in rows.items()}
+    assert little_data.peer_rows(peer, bed, judging, 0.5, kept) == kept
+    single = {name: {**found, "fitted": 0.0, "runs": 1} for name, found in rows.items()}
+    assert little_data.peer_rows(peer, bed, judging, 0.5, single) == rows
     row, ridged = rows.values()
     # Among the ridged readouts are the one that was given and the one by least squares.
     assert ridged["validation"] <= row["validation"] * (1 + 1e-5)
