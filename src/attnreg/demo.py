@@ -37,7 +37,7 @@ from attnreg.transformers.starts import best_start
 HEADS, KV_HEADS = 12, 4
 FITTED, VALIDATION = range(48), range(48, 60)
 HELD_OUT = range(60, 72)
-ADAM_RATES = (3e-4, 1e-3, 2e-3)  # from this start; the last is the best from pooled heads
+ADAM_RATES = (2.5e-4, 5e-4, 1e-3)  # the best of a grid from this start and its neighbours
 SECONDS = 8.0
 
 PAPER_HEAD, PAPER_COMPONENTS = 5, 64
