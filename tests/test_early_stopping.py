@@ -8,8 +8,10 @@ import torch
 
 import attnreg
 from attnreg import early_stopping
+from attnreg.curvature.dense import assemble_gauss_newton
+from attnreg.curvature.preconditioner import gauss_newton_estimate
 from attnreg.early_stopping import FIRST, LONGER, RIDGES, STEPS, Bounds, fit_validated, held_out_fit
-from attnreg.objective import Objective
+from attnreg.objective import Objective, Point
 from attnreg.records import Status
 from attnreg.result import relative_error
 from attnreg.solvers.minibatches import Pooled, minibatches
@@ -93,13 +95,42 @@ def test_the_readout_is_the_ridged_one_of_its_features(center, away):
     assert torch.allclose(found.weights["W_O"], expected, rtol=0, atol=1e-11)
 
 
+def test_a_ridge_on_the_readout_alone_has_its_gradient():
+    few, _, _, start = few_and_others()
+    objective, parts = Objective(few, MODEL), minibatches(few.batches)
+    theta, readout = MODEL.split(few, start)
+    before = Pooled(objective, parts, theta)
+    ridged = objective.with_ridge(before.readout_ridge(0.3, readout))
+    assert (objective.ridge, ridged.passes) == (None, objective.passes)
+    assert ridged.operations is objective.operations
+    point = Pooled(ridged, parts, theta)
+    distance = point.readout - readout
+    strength = 0.3 * before._gram.diagonal().mean()
+    assert point.value == pytest.approx(point.loss + float(strength * distance.square().sum()))
+    assert ridged.passes > objective.passes
+    generator = torch.Generator().manual_seed(1)
+    direction, step = normal(generator, *theta.shape), 1e-5
+    sides = [Pooled(ridged, parts, theta + sign * step * direction).value for sign in (1, -1)]
+    # Central differences: an error of step^2, and of rounding over step.
+    slope = (sides[0] - sides[1]) / (2 * step)
+    assert float(point.gradient @ direction) == pytest.approx(slope, rel=1e-6)
+    # The same objective in one piece, with its curvature.
+    whole = Point(ridged, ridged.features(theta))
+    assert whole.value == pytest.approx(point.value, rel=1e-12)
+    assert torch.allclose(whole.gradient, point.gradient, rtol=1e-9, atol=1e-9)
+    product = whole.gauss_newton(direction)
+    assert torch.allclose(assemble_gauss_newton(whole) @ direction, product, rtol=1e-9, atol=1e-9)
+    solved = gauss_newton_estimate(whole, generator).inverse(1.0)(whole.gradient)
+    assert float(solved @ whole.gradient) > 0
+
+
 def test_the_start_says_what_ridges_pull_to_and_each_point_how_strongly(monkeypatch):
     few, other, _, start = few_and_others()
     count, ridges = len(RIDGES), []
-    # As it is, by least squares, with ridges to the start's readout, and at the start to zero.
+    # At the start as it is; by least squares, with ridges to its readout, at the start to zero too.
     at_start = [0.9, 0.95, *[0.8] * count, *[0.85, 0.7, *[0.75] * (count - 2)]]
-    at_first_end = [0.65, 0.66, *[0.68] * (count - 1), 0.6]
-    later = [0.7] * (5 * (2 + count))  # the second end, and two points to each end
+    at_first_end = [0.66, *[0.68] * (count - 1), 0.6]
+    later = [0.7] * (5 * (1 + count))  # the second end, and two points to each end
     given = iter([*at_start, *at_first_end, *later])
     monkeypatch.setattr(early_stopping, "_error", lambda point, readout: next(given))
 
@@ -276,6 +307,15 @@ def test_the_result_is_what_it_says():
     assert result.history[-1].iteration == found.iterations
     again = fit_validated(few, other, MODEL, init=result, max_iterations=1)
     assert relative_error(other, MODEL, again.parameters) <= found.error * (1 + 1e-12)
+
+
+def test_a_start_that_stays_is_named(monkeypatch):
+    few, other, _, start = few_and_others()
+    with_errors(monkeypatch, [1.0])
+    result = fit_validated(few, other, MODEL, init=start, max_iterations=0)
+    assert result.notes[0].endswith("chosen: the start as it is")
+    for name, value in start.items():
+        assert torch.equal(result.parameters[name], value)
 
 
 def test_without_a_start_it_takes_the_models():

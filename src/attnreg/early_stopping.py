@@ -180,11 +180,13 @@ def fit_validated(
     point = Pooled(objective, minibatches(problem.batches), theta)
     loss = point.loss_at(readout)
     towards = f" towards {TOWARDS[found.center]}" if found.center else ""
-    note = (
-        f"validation error {found.error:.4f}, of the start {found.start_error:.4f}; chosen: "
+    chosen = (
         f"{found.step:g} of the way to the end of a round, readout with a ridge of {found.ridge:g} "
         f"of the features' mean square{towards}"
     )
+    if found.weights is start:
+        chosen = "the start as it is"
+    errors = f"validation error {found.error:.4f}, of the start {found.start_error:.4f}"
     return FitResult(
         parameters=found.weights,
         model=model,
@@ -195,7 +197,7 @@ def fit_validated(
         tol=TOL,
         status=found.status,
         history=tuple(history),
-        notes=(note,),
+        notes=(f"{errors}; chosen: {chosen}",),
         seed=seed,
         scale=problem.scale,
         causal=problem.causal,
@@ -321,9 +323,9 @@ class _Judge:
     def candidates(
         self, weights: Weights, step: float, fitted: Pooled | None = None
     ) -> list[_Candidate]:
-        """Weights as they are, by least squares, and with ridges, where data are few.
+        """Weights as they are; where data are few, with readouts by least squares and by ridges.
 
-        At the first point the ridges pull both ways; later ones have the better way only.
+        At the start both, and the ridges pull both ways; at later points the better way only.
 
         Args:
             weights: The weights.
@@ -339,7 +341,9 @@ class _Judge:
             judging = Pooled(self._other, self._judging, theta)
         except torch.linalg.LinAlgError:  # features that are not finite
             return [_Candidate(weights, math.inf, step)]
-        found = [_Candidate(weights, _error(judging, readout), step)]
+        found = []
+        if not (self.few and step):
+            found.append(_Candidate(weights, _error(judging, readout), step))
         if not self.few:
             return found
         theta, _ = model.split(problem, weights)

@@ -7,6 +7,7 @@ import attnreg
 from attnreg.early_stopping import ENOUGH
 from attnreg.result import relative_error
 from attnreg.transformers.layer_fit import fit_layer, sample
+from attnreg.transformers.starts import best_start
 
 TEACHER = attnreg.MultiHead(heads=4, kv_heads=4, head_dim=2, bias=False)
 STUDENT = attnreg.MultiHead(heads=4, kv_heads=2, head_dim=2, bias=False)
@@ -25,7 +26,7 @@ def layer(sequences, rows=10, seed=0):
 
 
 def fitted_layer(sequences, held_out, max_iterations, saved, progress):
-    """The fit of a random layer, and its sequences that are fitted and held out."""
+    """The fit of a random layer, its sequences that are fitted and held out, and its weights."""
     problem, weights = layer(sequences + held_out)
     parts = tuple(
         problem.subset(range(*part)) for part in ((0, sequences), (sequences, sequences + held_out))
@@ -40,18 +41,23 @@ def fitted_layer(sequences, held_out, max_iterations, saved, progress):
         saved=saved,
         progress=progress,
     )
-    return found, *parts
+    return found, *parts, weights
 
 
 @pytest.mark.parametrize(("sequences", "few"), [(4, True), (192, False)])
 def test_the_fit_is_never_worse_held_out_than_its_start(sequences, few):
     seen = []
-    found, fitted, held_out = fitted_layer(
+    found, fitted, held_out, weights = fitted_layer(
         sequences, 8, 30, torch.bfloat16, lambda iteration, error: seen.append(iteration)
     )
     assert few == (fitted.n_rows * 8 < ENOUGH * sum(w.numel() for w in found.weights.values()))
     assert len(found.path) == (2 if few else 1)
-    assert few or found.ridge == 0.0
+    assert few or (found.ridge, found.center) == (0.0, "")
+    init = best_start(fitted, TEACHER, weights, STUDENT)
+    init = init.unsolved if few else init.weights  # what little data are pulled towards
+    rounded = {name: value.bfloat16().float() for name, value in init.items()}
+    start_error = relative_error(held_out, STUDENT, rounded)
+    assert found.start_error == pytest.approx(start_error, rel=1e-5)
     assert found.held_out_error <= found.start_error
     assert found.held_out_error <= min(found.path.values())
     assert found.iterations == max(seen) <= 30

@@ -362,6 +362,10 @@ def test_float32_and_determinism():
     for name, value in one.weights.items():
         assert value.dtype == torch.float32
         assert torch.equal(value, two.weights[name])
+    made = starts(problem, teacher, weights, student)[one.name]
+    for name, value in made.items():
+        assert torch.equal(value, one.unsolved[name])
+        assert (name in ("W_O", "b_O")) != torch.equal(value, one.weights[name])
 
 
 def test_norms_leave_mean_first_and_dropping():
