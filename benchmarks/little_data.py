@@ -8,9 +8,9 @@ are ||prediction - B||_F / ||B - column mean||_F on the fitted sequences, on tho
 
 Peers: every setting of `benchmarks.peers`, and its lowest rates again at a quarter, for all of the
 time, the best by validation, its weights scored as they are and with W_O and b_O solved on the
-fitted sequences, off the clock: the better by validation counts. A further row of each has its W_O
-by attnreg's ridges, off the clock (`fit_validated` without an iteration): how much they are worth
-alone. attnreg in three ways: by curvature, by mini-batches, and as far as the validation sequences
+fitted sequences, off the clock: the better by validation counts. A further row of each has a ridge
+on its W_O, off the clock, towards its own or zero (`fit_validated` without an iteration). attnreg
+in three ways: by curvature, by mini-batches, and as far as the validation sequences
 say (`attnreg.fit_validated`), whose scoring is on its clock. Rows are medians of three runs, of a
 peer's best setting too.
 
@@ -191,7 +191,8 @@ def peer_rows(
 
 def _middle(rows: Sequence[Mapping[str, Any]]) -> Errors:
     """The medians of runs of one setting."""
-    return {text: median([row[text] for row in rows]) or math.inf for text in TEXTS}
+    middles = {text: median([row[text] for row in rows]) for text in TEXTS}
+    return {text: math.inf if middle is None else middle for text, middle in middles.items()}
 
 
 def ridged_errors(bed: Bed, judging: Data, weights: Weights) -> Errors:

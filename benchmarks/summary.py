@@ -262,7 +262,7 @@ def _little(content: dict[str, Any]) -> list[str]:
         alone, ridged = ([f"{100 * gain:.1f}%" for gain in found] for found in gains.values())
         lines.append(
             f"little data, {name}: below the best peer by {alone[0]} on the same texts, {alone[1]} "
-            f"on the third; with attnreg's ridges on its end by {ridged[0]}, {ridged[1]}"
+            f"on the third; with a ridge on its end by {ridged[0]}, {ridged[1]}"
         )
     return [f"little data: below all peers on {first} of {len(cells)}", *lines]
 

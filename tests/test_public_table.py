@@ -359,9 +359,9 @@ def test_little_data_in_the_table_and_in_the_summary():
     assert summary._little(content) == [
         "little data: below all peers on 1 of 2",
         "little data, layer 3, 32 sequences: below the best peer by 20.0% on the same texts, "
-        "10.0% on the third; with attnreg's ridges on its end by 11.1%, 10.0%",
+        "10.0% on the third; with a ridge on its end by 11.1%, 10.0%",
         "little data, layer 3, 96 sequences: below the best peer by -10.0% on the same texts, "
-        "14.3% on the third; with attnreg's ridges on its end by -22.2%, 14.3%",
+        "14.3% on the third; with a ridge on its end by -22.2%, 14.3%",
     ]
 
 

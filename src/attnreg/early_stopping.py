@@ -142,7 +142,8 @@ def fit_validated(
 
     Returns:
         The result, with status ``VALIDATED`` and a note of the choice. Its ``gradient_norm`` is
-        that of the reduced objective at the chosen point. Ctrl-C returns the best point so far.
+        that of the reduced objective, without a ridge, at the chosen point; records of the history
+        have the ridge of their round. Ctrl-C returns the best point so far.
 
     Raises:
         ValueError: If a ridge is set, the sequences differ in widths, scale, dtype or device, an
@@ -232,7 +233,7 @@ def held_out_fit(
         The choice, not rounded; of equal ones the first.
 
     Raises:
-        ValueError: If the error of the start and of all else is not finite.
+        ValueError: If the error of the start is not finite, whatever its readout.
     """
     began = time.perf_counter()
     problem, model = objective.problem, objective.model
@@ -241,11 +242,16 @@ def held_out_fit(
     judge = _Judge(objective, Objective(validation, model), stored, readout, few=few)
     found = judge.candidates(start, 0.0)
     start_error, lowest = found[0].error, _lowest(found)
+    if not math.isfinite(lowest):
+        raise ValueError(
+            "the validation error of the start is not finite: weights or inputs overflow; use "
+            "float32 or bfloat16, or scale the inputs"
+        )
     path, status = {}, Status.VALIDATED
     last, leading, iterations = start, start, 0
     # After the last round the points on the way are judged, and the result is made.
-    scoring = (len(STEPS) + 1) * (time.perf_counter() - began)
-    seconds = None if bounds.seconds is None else bounds.seconds - scoring
+    scoring = time.perf_counter() - began
+    seconds = None if bounds.seconds is None else bounds.seconds - (len(STEPS) + 1) * scoring
     rounds = _rounds(judge, theta, Bounds(bounds.iterations, seconds), seed, observe, began)
     for index, (outcome, iterations) in enumerate(rounds):
         point = outcome.point
@@ -255,23 +261,22 @@ def held_out_fit(
         found += ends
         if math.isfinite(_lowest(ends)):
             path[str(iterations)] = _lowest(ends)
+        better = _lowest(ends) < lowest
+        if better:
+            lowest, leading = _lowest(ends), last
         if outcome.status in (Status.INTERRUPTED, Status.STOPPED):
             status = outcome.status
             break
-        if _lowest(ends) < lowest:
-            lowest, leading = _lowest(ends), last
-        elif index:
+        if index and not better:
             break
     for end in [last] if last is leading else [leading, last]:
-        for step in STEPS if end is not start else ():
+        # Where both have points, those to the last only if there is time.
+        left = math.inf if bounds.seconds is None else bounds.seconds + began - time.perf_counter()
+        late = end is not leading and leading is not start and left < len(STEPS) * scoring
+        for step in () if end is start or late else STEPS:
             between = {name: value.lerp(end[name], step) for name, value in start.items()}
             found += judge.candidates(between, step)
     best = min(found, key=lambda one: one.error)
-    if not math.isfinite(best.error):
-        raise ValueError(
-            "the validation error of the start is not finite: weights or inputs overflow; use "
-            "float32 or bfloat16, or scale the inputs"
-        )
     return Chosen(
         **vars(best), start_error=start_error, path=path, iterations=iterations, status=status
     )
@@ -315,7 +320,9 @@ class _Judge:
     ) -> None:
         self.objective, self._other = objective, other
         self._stored, self.few = stored, few
-        self._centers = {"start": readout, "zero": torch.zeros_like(readout)}
+        self._centers = {"zero": torch.zeros_like(readout)}
+        if readout.any():
+            self._centers = {"start": readout, **self._centers}
         self._batches, self._judging = (
             minibatches(one.problem.batches) for one in (objective, other)
         )
@@ -337,8 +344,11 @@ class _Judge:
         """
         model, problem, other = self.objective.model, self.objective.problem, self._other.problem
         theta, readout = model.split(other, self._stored(weights))
+        mine, _ = model.split(problem, weights)
         try:
             judging = Pooled(self._other, self._judging, theta)
+            if self.few and fitted is None:
+                fitted = Pooled(self.objective, self._batches, mine)
         except torch.linalg.LinAlgError:  # features that are not finite
             return [_Candidate(weights, math.inf, step)]
         found = []
@@ -346,11 +356,10 @@ class _Judge:
             found.append(_Candidate(weights, _error(judging, readout), step))
         if not self.few:
             return found
-        theta, _ = model.split(problem, weights)
-        fitted = fitted or Pooled(self.objective, self._batches, theta)
+        assert fitted is not None
 
         def solved(ridge: Ridge | None, share: float = 0.0, center: str = "") -> _Candidate:
-            ridged = model.join(problem, theta, fitted.ridged(ridge), weights)
+            ridged = model.join(problem, mine, fitted.ridged(ridge), weights)
             _, readout = model.split(other, self._stored(ridged))
             return _Candidate(ridged, _error(judging, readout), step, share, center)
 

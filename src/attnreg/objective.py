@@ -45,7 +45,7 @@ class Objective:
 
     Attributes:
         layout: Sizes of the model on the problem.
-        ridge: That of the problem, or None.
+        ridge: That of the problem, or the one given to :meth:`with_ridge`; or None.
         targets: ``(rows, d_out)``, the rows of all batches, padding included.
         weights: ``(rows, 1)``, or None where every row has weight 1.
         left: Mean second moments of the inputs of the parameter blocks, decomposed.

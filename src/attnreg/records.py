@@ -64,7 +64,7 @@ class IterationRecord:
         iteration: Counted from 0, the start.
         seconds: Wall time since the fit began.
         loss: ``L`` alone, without ridges, at the current iterate.
-        regularised: ``L`` plus the problem's ridges.
+        regularised: ``L`` plus the problem's ridges; of a validated fit plus that of the round.
         gradient_norm: Dual norm of the reduced gradient over ``||B - mean||_F^2``.
         damping: Multiple of the identity added to the curvature of the step that led here.
         path: Weight of the regularisation path on the readout; 0 at its end.

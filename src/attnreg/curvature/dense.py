@@ -109,7 +109,7 @@ def _assemble(point: Point, *, exact: bool, selection: RowSelection | None = Non
     shape = (width * d_out, size)
     matrix.addmm_(slope.reshape(shape).mT, projected.reshape(shape), alpha=-1.0)
     matrix = matrix + matrix.mT  # twice the symmetric part
-    if objective.ridge is not None and objective.ridge.right:
+    if objective.ridge is not None:
         start = 0
         for left, right in zip(objective.left, objective.ridge.right, strict=True):
             heads = torch.block_diag(*right.to(matrix.dtype))

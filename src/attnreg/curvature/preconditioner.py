@@ -96,6 +96,6 @@ def gauss_newton_estimate(
                 total += torch.bmm(per_head.mT, per_head)
     # Blocks of parameters that are held come last: they have no gradients, and stay 0.
     right = [factor * (2.0 / samples) for factor in right]
-    if objective.ridge is not None and objective.ridge.right:
+    if objective.ridge is not None:
         right = [f + 2.0 * r for f, r in zip(right, objective.ridge.right, strict=True)]
     return BlockSolver(objective, right)

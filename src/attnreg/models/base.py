@@ -73,7 +73,8 @@ class Ridge:
     Attributes:
         center: Flat parameter vector of the centre.
         right: Right factors, float64 ``(heads, width, width)``, strength included; the left
-            ones are the model's input moments. Empty where only the readout is pulled.
+            ones are the model's input moments. Empty where only the readout is pulled, as
+            mini-batches know it.
         readout_center: ``(features [+ 1], d_out)``.
         readout: ``(features [+ 1], features [+ 1])`` metric of the readout, strength included.
     """
