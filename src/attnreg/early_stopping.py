@@ -51,7 +51,7 @@ STEPS = (0.5, 0.75)
 TOL = 1e-8
 """Of every round; seldom met."""
 
-ENOUGH = 60
+ENOUGH = 20
 """Residuals a weight from which nothing of this is needed."""
 
 TOWARDS = {"start": "the start's", "zero": "zero"}
