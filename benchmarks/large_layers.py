@@ -50,7 +50,7 @@ from benchmarks.common import (
     show,
     write_json,
 )
-from benchmarks.layer_problem import Bed, Errors, load_layer, third_text
+from benchmarks.layer_problem import Bed, load_layer, medians, third_text
 from benchmarks.peers import OURS, Method, Peer, Trace, found, installed, run
 
 FRACTIONS = (0.05, 0.1, 0.2, 1 / 3, 2 / 3)  # of the time, beside its end
@@ -148,7 +148,7 @@ def _final(
         "seconds": trace.total_seconds,
         "steps": len(trace.seconds),
         "note": trace.note,
-        "errors": _middle(ends),
+        "errors": medians(ends, SCORED),
         "readout": end["readout"],
         "curve": [*curve, [seconds, end]],
     }
@@ -164,7 +164,7 @@ def our_row(bed: Bed, tier: Tier) -> dict[str, Any]:
             trace = run(OURS, bed.fitted, bed.start, tier.seconds * fraction)
             times.append(trace.total_seconds)
             ends.append(bed.errors(trace.weights))
-        curve.append([median(times), _middle(ends)])
+        curve.append([median(times), medians(ends, SCORED)])
     return {
         "setting": OURS.name,
         "seconds": curve[-1][0],
@@ -180,10 +180,6 @@ def our_longer_fit(bed: Bed, seconds: float) -> dict[str, Any]:
     """attnreg's errors after more than the compared time."""
     trace = run(OURS, bed.fitted, bed.start, seconds)
     return {"seconds": trace.total_seconds, "errors": bed.errors(trace.weights)}
-
-
-def _middle(errors: Sequence[Mapping[str, Any]]) -> Errors:
-    return {name: median([entry[name] for entry in errors]) or math.inf for name in SCORED}
 
 
 def verdicts(layer: Mapping[str, Any]) -> dict[str, Any]:

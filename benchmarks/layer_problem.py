@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from attnreg import AttentionProblem, MultiHead, pool_kv_heads
 from attnreg.report.baselines import fused_layer
 from benchmarks import minilm
+from benchmarks.common import median
 
 LAYER, KV_HEADS, HEAD_DIM = 3, 4, 32
 ORIGINAL = MultiHead(minilm.HEADS, head_dim=HEAD_DIM)
@@ -102,7 +103,7 @@ class Bed:
 
     def __init__(self, start: Weights, texts: Mapping[str, Data]) -> None:
         self.start, self._texts = start, texts
-        self.fitted = next(iter(texts.values()))
+        self.fitted, self.judging = next(iter(texts.values())), texts["validation"]
         self._problem = self.fitted.attention()
 
     def errors(self, weights: Weights) -> Errors:
@@ -122,11 +123,10 @@ class Bed:
 
     def _best(self, weights: Weights) -> tuple[float, str, Weights]:
         """Validation error, readout and weights of the better way; infinite where they are not."""
-        if not all(value.isfinite().all() for value in weights.values()):
+        if not finite(weights):
             return math.inf, "as it is", weights
         ways = {"as it is": weights, "solved": self._solved(weights)}
-        judge = self._texts["validation"]
-        errors = {readout: relative_error(way, judge) for readout, way in ways.items()}
+        errors = {readout: relative_error(way, self.judging) for readout, way in ways.items()}
         best = min(errors, key=lambda readout: errors[readout])
         return errors[best], best, ways[best]
 
@@ -134,6 +134,17 @@ class Bed:
         from attnreg.transformers.starts import solve_readout
 
         return solve_readout(self._problem, STUDENT, weights)[1]
+
+
+def finite(weights: Weights) -> bool:
+    """Whether all weights are."""
+    return all(bool(value.isfinite().all()) for value in weights.values())
+
+
+def medians(runs: Sequence[Mapping[str, Any]], names: Iterable[str]) -> Errors:
+    """The median of each error over some runs."""
+    middles = {name: median([errors[name] for errors in runs]) for name in names}
+    return {name: math.inf if middle is None else middle for name, middle in middles.items()}
 
 
 def load_layer(sequences: int, held_out: int, tokens: int, layer: int = LAYER) -> Layer:

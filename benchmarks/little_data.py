@@ -2,16 +2,16 @@
 
 Everybody has the same start, the best that `attnreg compress` makes of the original's weights
 (`W_O` not solved for: on little data least squares is a worse start, for peers too), and the same
-sequences, float32, threads and seconds. The errors
-are ||prediction - B||_F / ||B - column mean||_F on the fitted sequences, on those that choose
-(validation), on others of the same two texts, and on a third text; the last two chose nothing.
+sequences, float32, threads and seconds. The errors are ||prediction - B||_F / ||B - column mean||_F
+on the fitted sequences, on those that choose (validation), on others of the same two texts, and on
+a third text; the last two chose nothing.
 
 Peers: every setting of `benchmarks.peers`, and its lowest rates again at a quarter, for all of the
 time, the best by validation, its weights scored as they are and with W_O and b_O solved on the
 fitted sequences, off the clock: the better by validation counts. A further row of each has a ridge
 on its W_O, off the clock, towards its own or zero (`fit_validated` without an iteration). attnreg
-in three ways: by curvature, by mini-batches, and as far as the validation sequences
-say (`attnreg.fit_validated`), whose scoring is on its clock. Rows are medians of three runs, of a
+in three ways: by curvature, by mini-batches, and as far as the validation sequences say
+(`attnreg.fit_validated`), whose scoring is on its clock. Rows are medians of three runs, of a
 peer's best setting too.
 
     python -m benchmarks.little_data
@@ -50,10 +50,11 @@ from benchmarks.layer_problem import (
     STUDENT,
     WEIGHTS,
     Bed,
-    Data,
     Errors,
     Weights,
+    finite,
     load_layer,
+    medians,
     third_text,
 )
 from benchmarks.peers import Peer, found, installed, run
@@ -125,10 +126,10 @@ def _layer(
         start = best_start(fitted.attention(), ORIGINAL, original, STUDENT)
         bed = Bed(start.unsolved, dict(zip(TEXTS, (fitted, judging, scoring, third), strict=True)))
         rows = {"start": bed.errors(bed.start) | {"setting": start.name}}
+        kept = {} if before is None else before[str(count)]["rows"]
         for peer in peers:
-            kept = {} if before is None else before[str(count)]["rows"]
-            rows |= peer_rows(peer, bed, judging, seconds, kept)
-        rows |= our_rows(bed, judging, seconds)
+            rows |= peer_rows(peer, bed, seconds, kept)
+        rows |= our_rows(bed, seconds)
         weights = sum(value.numel() for value in start.weights.values())
         cells[str(count)] = {
             "seconds": seconds,
@@ -149,20 +150,19 @@ def settings(peer: Peer) -> list[Any]:
 
 
 def peer_rows(
-    peer: Peer, bed: Bed, judging: Data, seconds: float, kept: Mapping[str, Any]
+    peer: Peer, bed: Bed, seconds: float, kept: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """The best setting of a peer, its readout as it is or solved; and with attnreg's ridges.
 
     Args:
         peer: The peer.
         bed: The layer.
-        judging: The sequences that choose.
         seconds: Of each run.
         kept: Rows of an earlier run; those of this peer are taken from it.
     """
     ways: dict[str, Callable[[Weights], dict[str, Any]]] = {
         peer.name: bed.best_errors,
-        RIDGED.format(peer.name): partial(ridged_errors, bed, judging),
+        RIDGED.format(peer.name): partial(ridged_errors, bed),
     }
 
     def score(method: Any, names: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -185,34 +185,27 @@ def peer_rows(
     for name, row in best.items():
         missing = REPEATS - row.get("runs", 1)
         ends = [score(methods[row["setting"]], [name])[name] for _ in range(missing)]
-        found[name] = row | (_middle([row, *ends]) | {"runs": REPEATS} if ends else {})
+        found[name] = row | (medians([row, *ends], TEXTS) | {"runs": REPEATS} if ends else {})
     return found
 
 
-def _middle(rows: Sequence[Mapping[str, Any]]) -> Errors:
-    """The medians of runs of one setting."""
-    middles = {text: median([row[text] for row in rows]) for text in TEXTS}
-    return {text: math.inf if middle is None else middle for text, middle in middles.items()}
-
-
-def ridged_errors(bed: Bed, judging: Data, weights: Weights) -> Errors:
+def ridged_errors(bed: Bed, weights: Weights) -> Errors:
     """Errors with the readout that validation chooses; infinite where weights are not finite."""
-    if not all(value.isfinite().all() for value in weights.values()):
+    if not finite(weights):
         return dict.fromkeys(TEXTS, math.inf)
-    solved = fit_validated(
-        bed.fitted.attention(), judging.attention(), STUDENT, init=weights, max_iterations=0
-    )
+    problem, judging = bed.fitted.attention(), bed.judging.attention()
+    solved = fit_validated(problem, judging, STUDENT, init=weights, max_iterations=0)
     return bed.errors(solved.parameters)
 
 
-def our_rows(bed: Bed, judging: Data, seconds: float) -> dict[str, dict[str, Any]]:
+def our_rows(bed: Bed, seconds: float) -> dict[str, dict[str, Any]]:
     """attnreg's, by name, with the seconds that they took."""
     shared: dict[str, Any] = {"init": bed.start, "max_seconds": seconds, "max_iterations": 10**6}
-    stochastic = {"solver": "stochastic", **shared}
+    stochastic, judging = {"solver": "stochastic", **shared}, bed.judging.attention()
     ways: dict[str, Callable[[AttentionProblem], FitResult]] = {
         "attnreg, curvature": lambda problem: fit(problem, STUDENT, **shared),
         "attnreg, mini-batches": lambda problem: fit(problem, STUDENT, **stochastic),
-        OURS: lambda problem: fit_validated(problem, judging.attention(), STUDENT, **shared),
+        OURS: lambda problem: fit_validated(problem, judging, STUDENT, **shared),
     }
     rows = {}
     for name, way in ways.items():
@@ -223,7 +216,7 @@ def our_rows(bed: Bed, judging: Data, seconds: float) -> dict[str, dict[str, Any
             times.append(time.perf_counter() - began)
             ends.append(bed.errors(result.parameters))
         took = {"seconds": median(times), "runs": REPEATS}
-        rows[name] = _middle(ends) | {"setting": "; ".join(result.notes)} | took
+        rows[name] = medians(ends, TEXTS) | {"setting": "; ".join(result.notes)} | took
     return rows
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -254,6 +255,30 @@ def test_points_on_the_way_are_those_to_the_best_end_and_to_the_last(monkeypatch
         for name, value in found.items():
             expected = start[name] + step * (end[name] - start[name])
             assert torch.allclose(value, expected, rtol=0, atol=1e-14)
+
+
+def test_points_to_the_last_end_only_while_there_is_time(monkeypatch):
+    few, other, _, start = few_and_others()
+    errors, clock = iter([1.0, 0.8, 0.9, *[2.0] * 2]), itertools.count()
+    seen = []
+
+    def candidates(self, weights, step, fitted=None):
+        seen.append(step)
+        return [early_stopping._Candidate(weights, next(errors), step)]
+
+    def rounds(judge, theta, *others):  # two ends, of which the first is the better
+        point = Pooled(judge.objective, minibatches(few.batches), theta)
+        for iterations in (1, 2):
+            yield early_stopping.Outcome(point, 0.0, Status.MAX_ITERATIONS), iterations
+
+    monkeypatch.setattr(early_stopping._Judge, "candidates", candidates)
+    monkeypatch.setattr(early_stopping, "_rounds", rounds)
+    # Every look at the clock is a second later: the start took one.
+    seconds = SimpleNamespace(perf_counter=lambda: float(next(clock)))
+    monkeypatch.setattr(early_stopping, "time", seconds)
+    chosen(few, start, other, seconds=2.5)
+    assert seen == [0.0, 1.0, 1.0, *STEPS]
+    assert next(errors, None) is None
 
 
 @pytest.mark.parametrize("worse", [2.0, math.inf])

@@ -66,23 +66,22 @@ def test_a_peers_best_setting_is_that_of_the_lowest_validation_error(bed, monkey
     monkeypatch.setattr(little_data, "run", run)
     monkeypatch.setattr(little_data, "settings", lambda peer: peer.layers)
     methods = tuple(Setting(1.0, name) for name in ends)
-    judging = bed._texts["validation"]
     peer = Peer("p", (), methods)
-    rows = little_data.peer_rows(peer, bed, judging, 0.5, {})
+    rows = little_data.peer_rows(peer, bed, 0.5, {})
     assert list(rows) == ["p", "p, ridged"]
     assert [found["runs"] for found in rows.values()] == [little_data.REPEATS] * 2
     # What an earlier run made is not run again, and fewer runs of it are completed.
     kept = {name: {**found, "seconds": 7.0} for name, found in rows.items()}
-    assert little_data.peer_rows(peer, bed, judging, 0.5, kept) == kept
+    assert little_data.peer_rows(peer, bed, 0.5, kept) == kept
     single = {name: {**found, "fitted": 0.0, "runs": 1} for name, found in rows.items()}
-    assert little_data.peer_rows(peer, bed, judging, 0.5, single) == rows
+    assert little_data.peer_rows(peer, bed, 0.5, single) == rows
     row, ridged = rows.values()
     # Among the ridged readouts are the one that was given and the one by least squares.
     assert ridged["validation"] <= row["validation"] * (1 + 1e-5)
     for name, moved in ends.items():
         if math.isfinite(moved):
             moved_start = {**bed.start, "W_Q": bed.start["W_Q"] + moved}
-            errors = little_data.ridged_errors(bed, judging, moved_start)
+            errors = little_data.ridged_errors(bed, moved_start)
             assert ridged["validation"] <= errors["validation"], name
     assert row["tried"] == {
         name: bed.validation({**bed.start, "W_Q": bed.start["W_Q"] + moved})
@@ -93,8 +92,7 @@ def test_a_peers_best_setting_is_that_of_the_lowest_validation_error(bed, monkey
 
 
 def test_ours_are_scored_on_all_texts(bed):
-    judging = bed._texts["validation"]
-    rows = little_data.our_rows(bed, judging, 0.3)
+    rows = little_data.our_rows(bed, 0.3)
     assert list(rows) == ["attnreg, curvature", "attnreg, mini-batches", little_data.OURS]
     start = bed.errors(bed.start)
     # Errors in float32 by fused attention; the choice was by sums in float64.

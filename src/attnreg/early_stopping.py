@@ -9,8 +9,8 @@ squares from as many features as the layer is wide, then everything else. So
 - mini-batches run in rounds, the first of :data:`FIRST` epochs and each later one :data:`LONGER`
   times as long, each from the end of the one before and with the ridge that was best there, until
   one after the first brings nothing;
-- points on the way from the start to the ends of the best round and of the last are compared with
-  the ends.
+- points on the way from the start to the end of the best round, and to that of the last where there
+  is time, are compared with the ends.
 
 A start's readout is worth pulling towards where it is not from the same data, such as what is left
 of an original layer's. One that was solved on them is where least squares ends anyway.
@@ -269,13 +269,13 @@ def held_out_fit(
             break
         if index and not better:
             break
-    for end in [last] if last is leading else [leading, last]:
-        # Where both have points, those to the last only if there is time.
-        left = math.inf if bounds.seconds is None else bounds.seconds + began - time.perf_counter()
-        late = end is not leading and leading is not start and left < len(STEPS) * scoring
-        for step in () if end is start or late else STEPS:
-            between = {name: value.lerp(end[name], step) for name, value in start.items()}
-            found += judge.candidates(between, step)
+    first = last if leading is start else leading
+    if last is not start:
+        found += judge.on_the_way(start, first)
+    spent = time.perf_counter() - began
+    in_time = bounds.seconds is None or spent + len(STEPS) * scoring <= bounds.seconds
+    if last is not first and in_time:
+        found += judge.on_the_way(start, last)
     best = min(found, key=lambda one: one.error)
     return Chosen(
         **vars(best), start_error=start_error, path=path, iterations=iterations, status=status
@@ -375,6 +375,14 @@ class _Judge:
         self._centers = {name: self._centers[name]}
         self.objective = self.objective.with_ridge(ridge)
         return found + ridged
+
+    def on_the_way(self, start: Weights, end: Weights) -> list[_Candidate]:
+        """The candidates of the points :data:`STEPS` from a start to an end."""
+        found = []
+        for step in STEPS:
+            between = {name: value.lerp(end[name], step) for name, value in start.items()}
+            found += self.candidates(between, step)
+        return found
 
 
 def _error(point: Pooled, readout: Tensor) -> float:

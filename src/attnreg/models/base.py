@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -83,6 +84,11 @@ class Ridge:
     right: tuple[Tensor, ...]
     readout_center: Tensor
     readout: Tensor
+
+    @cached_property
+    def readout_right(self) -> Tensor:
+        """What it adds to the right side of the readout's normal equations, float64."""
+        return self.readout @ self.readout_center.double()
 
 
 class Model(ABC):

@@ -185,7 +185,7 @@ class Pooled:
         gram, right = self._gram, self._right
         if ridge is not None:
             gram = gram + ridge.readout
-            right = right + ridge.readout @ ridge.readout_center.double()
+            right = right + ridge.readout_right
         inverse, rank = scaled_inverse(gram, self.theta.dtype)
         self.objective.operations.small += product(gram.shape[0], gram.shape[0], right.shape[1])
         return (inverse @ right).to(self.theta.dtype), rank

@@ -71,9 +71,8 @@ class RunningReadout:
         shift = damping * float(gram.diagonal()[:width].mean())
         if ridge is not None:
             share = self._weight / self._objective.problem.total_weight
-            pull = ridge.readout.to(gram.dtype) * share
-            gram += pull
-            right = right + pull @ ridge.readout_center.to(gram.dtype)
+            gram.add_(ridge.readout.to(gram.dtype), alpha=share)
+            right = right.add(ridge.readout_right.to(gram.dtype), alpha=share)
         gram.diagonal()[:width] += shift
         factor, info = torch.linalg.cholesky_ex(gram)
         if int(info) == 0:  # not where all features are zero: the readout is as good as any
