@@ -9,7 +9,7 @@ import torch
 
 import attnreg
 from attnreg import early_stopping
-from attnreg.early_stopping import FIRST, LONGER, RIDGES, STEPS, Bounds, fit_validated, held_out_fit
+from attnreg.early_stopping import FIRST, LONGER, RIDGES, Bounds, fit_validated, held_out_fit
 from attnreg.objective import Objective, Point
 from attnreg.records import Status
 from attnreg.result import relative_error
@@ -125,14 +125,14 @@ def test_the_start_says_what_ridges_pull_to_and_each_point_how_strongly(monkeypa
     # At the start as it is; by least squares, with ridges to its readout, at the start to zero too.
     at_start = [0.9, 0.95, *[0.8] * count, *[0.85, 0.7, *[0.75] * (count - 2)]]
     at_first_end = [0.66, *[0.68] * (count - 1), 0.6]
-    later = [0.7] * (5 * (1 + count))  # the second end, and two points to each end
+    later = [0.7] * (3 * (1 + count))  # the second end, and one point on the way back from each
     given = iter([*at_start, *at_first_end, *later])
     monkeypatch.setattr(early_stopping, "_error", lambda point, readout: next(given))
 
     class Seen(early_stopping.Stochastic):
-        def __init__(self, objective, *others):
+        def __init__(self, objective, *others, **options):
             ridges.append(objective.ridge)
-            super().__init__(objective, *others)
+            super().__init__(objective, *others, **options)
 
     monkeypatch.setattr(early_stopping, "Stochastic", Seen)
     found = chosen(few, start, other, iterations=100)
@@ -173,20 +173,40 @@ def test_where_data_are_many_there_is_one_run_without_a_ridge():
         assert torch.equal(found.weights[name], value)
 
 
-def with_errors(monkeypatch, errors):
-    """One candidate at each point, of the given errors in turn."""
-    given = iter(errors)
+def with_errors(monkeypatch, ends, way=None):
+    """One candidate at each point: the start's error is 1, those of ends and between are given.
 
-    def candidates(self, weights, step, fitted=None):
-        return [early_stopping._Candidate(weights, next(given), step)]
+    Args:
+        monkeypatch: Of the test.
+        ends: Errors of the ends in turn.
+        way: Error by step between start and end; where there is none, infinity.
+
+    Returns:
+        The steps and weights that are asked for, in turn.
+    """
+    given, seen = iter(ends), []
+
+    def candidates(self, weights, step, point=None):
+        seen.append((step, weights))
+        between = (way or {}).get(step, math.inf)
+        error = 1.0 if step == 0.0 else next(given) if step == 1.0 else between
+        return [early_stopping._Candidate(weights, error, step, point)]
 
     monkeypatch.setattr(early_stopping._Judge, "candidates", candidates)
+    return seen
+
+
+def first_round(problem, start):
+    """Iterations: steps by the residuals a weight, eight of them an iteration."""
+    weights = sum(value.numel() for value in start.values())
+    residuals = problem.n_rows * problem.d_out
+    return math.ceil(FIRST * math.sqrt(residuals / weights) / 8)
 
 
 def lengths_of_rounds(monkeypatch, errors, iterations, seconds=None):
     """Rounds of a fit whose ends have the given errors."""
     few, other, _, start = few_and_others()
-    with_errors(monkeypatch, [1.0, *errors, 2.0, 2.0, 2.0, 2.0])
+    with_errors(monkeypatch, errors)
     found = chosen(few, start, other, iterations, seconds)
     ends = [0, *map(int, found.path)]
     assert found.iterations == ends[-1]
@@ -196,20 +216,31 @@ def lengths_of_rounds(monkeypatch, errors, iterations, seconds=None):
 @pytest.mark.parametrize(
     ("errors", "iterations", "lengths"),
     [
-        ([0.9, 0.8, 0.7, 0.6], 100, [FIRST, 2 * FIRST, 4 * FIRST, 100 - 7 * FIRST]),
-        ([0.9, 0.95], 100, [FIRST, LONGER * FIRST]),  # the second brought nothing
-        ([1.1, 0.9, 0.95], 300, [FIRST, LONGER * FIRST, LONGER**2 * FIRST]),  # the first may
-        ([1.1, 1.2], 100, [FIRST, LONGER * FIRST]),
-        ([0.9], 10, [10]),  # no room for another one
-        ([0.9, 0.8, 0.7], 30, [FIRST, 2 * FIRST, 30 - 3 * FIRST]),
+        ([0.9, 0.8, 0.7, 0.6], 200, [14, 28, 56, 102]),
+        ([0.9, 0.95], 200, [14, 28]),  # the second brought nothing
+        ([1.1, 0.9, 0.95], 600, [14, 28, 56]),  # the first may
+        ([1.1, 1.2], 200, [14, 28]),
+        ([0.9], 10, [10]),
+        ([0.9], 27, [27]),  # no room for another one
+        ([0.9, 0.8, 0.7], 80, [14, 28, 38]),
         ([], 0, []),
     ],
 )
 def test_rounds_grow_until_one_brings_nothing(monkeypatch, errors, iterations, lengths):
+    few, _, _, start = few_and_others()
+    assert (first_round(few, start), LONGER) == (14, 2)
     found, result = lengths_of_rounds(monkeypatch, errors, iterations)
     assert found == lengths
     assert result.error == min([1.0, *errors])
     assert result.step == float(min([1.0, *errors]) < 1.0)
+
+
+def test_the_first_round_goes_with_the_root_of_the_residuals(monkeypatch):
+    few, other, _, start = few_and_others()
+    for problem in (few.subset(range(2)), few):
+        with_errors(monkeypatch, [0.9, 0.95])
+        found = chosen(problem, start, other, iterations=1000)
+        assert int(next(iter(found.path))) == first_round(problem, start)
 
 
 def test_the_time_bounds_them(monkeypatch):
@@ -222,69 +253,51 @@ def test_the_time_bounds_them(monkeypatch):
     assert seconds == sorted(seconds)
 
 
-def test_a_point_on_the_way_from_the_start(monkeypatch):
+@pytest.mark.parametrize(
+    ("way", "seen", "step", "rounds"),
+    [
+        ({0.8: 0.95}, [0.8], 1.0, 2),  # the end is the best: another round
+        ({0.8: 0.9}, [0.8], 1.0, 2),
+        ({0.8: 0.7, 0.6: 0.75, 0.4: 0.1}, [0.8, 0.6], 0.8, 1),  # too far: the last round
+        ({0.8: 0.7, 0.6: 0.6, 0.4: 0.5, 0.2: 0.4}, [0.8, 0.6, 0.4, 0.2], 0.2, 1),
+    ],
+)
+def test_the_way_back_is_tried_while_it_helps(monkeypatch, way, seen, step, rounds):
     few, other, _, start = few_and_others()
-    ends = []
-    errors = {0.0: 1.0, 1.0: 0.9, STEPS[0]: 0.5, STEPS[1]: 0.6}
-
-    def candidates(self, weights, step, fitted=None):
-        ends.append(weights)
-        return [early_stopping._Candidate(weights, errors[step], step)]
-
-    monkeypatch.setattr(early_stopping._Judge, "candidates", candidates)
-    found = chosen(few, start, other, iterations=FIRST)
-    assert (found.step, found.error) == (STEPS[0], 0.5)
-    for name, value in found.weights.items():
-        expected = start[name] + STEPS[0] * (ends[1][name] - start[name])
-        assert torch.allclose(value, expected, rtol=0, atol=1e-14)
-
-
-def test_points_on_the_way_are_those_to_the_best_end_and_to_the_last(monkeypatch):
-    few, other, _, start = few_and_others()
-    errors, ends, seen = iter([1.0, 0.8, 0.7, 0.9, *[2.0] * 4]), [], []
-
-    def candidates(self, weights, step, fitted=None):
-        (ends if step == 1.0 else seen).append(weights)
-        return [early_stopping._Candidate(weights, next(errors), step)]
-
-    monkeypatch.setattr(early_stopping._Judge, "candidates", candidates)
-    chosen(few, start, other, iterations=1000)
-    assert next(errors, None) is None
-    _, best, last = ends
-    for found, (end, step) in zip(seen[1:], itertools.product((best, last), STEPS), strict=True):
-        for name, value in found.items():
-            expected = start[name] + step * (end[name] - start[name])
+    steps = with_errors(monkeypatch, [0.9, 0.98], way)
+    found = chosen(few, start, other, iterations=1000)
+    assert len(found.path) == rounds
+    assert (found.step, found.error) == (step, {**way, 1.0: 0.9}[step])
+    asked = [number for number, _ in steps]
+    assert asked[: 2 + len(seen)] == [0.0, 1.0, *seen]
+    end = steps[1][1]
+    for number, weights in steps[2 : 2 + len(seen)]:
+        for name, value in weights.items():
+            expected = start[name] + number * (end[name] - start[name])
             assert torch.allclose(value, expected, rtol=0, atol=1e-14)
 
 
-def test_points_to_the_last_end_only_while_there_is_time(monkeypatch):
+def test_no_point_on_the_way_once_the_time_is_over(monkeypatch):
     few, other, _, start = few_and_others()
-    errors, clock = iter([1.0, 0.8, 0.9, *[2.0] * 2]), itertools.count()
-    seen = []
-
-    def candidates(self, weights, step, fitted=None):
-        seen.append(step)
-        return [early_stopping._Candidate(weights, next(errors), step)]
-
-    def rounds(judge, theta, *others):  # two ends, of which the first is the better
-        point = Pooled(judge.objective, minibatches(few.batches), theta)
-        for iterations in (1, 2):
-            yield early_stopping.Outcome(point, 0.0, Status.MAX_ITERATIONS), iterations
-
-    monkeypatch.setattr(early_stopping._Judge, "candidates", candidates)
-    monkeypatch.setattr(early_stopping, "_rounds", rounds)
-    # Every look at the clock is a second later: the start took one.
+    seen = with_errors(monkeypatch, [0.9, 0.8], {0.8: 0.7, 0.6: 0.6, 0.4: 0.5})
+    clock = itertools.count()
+    # Every look at the clock is a second later; the scoring of the start takes one.
     seconds = SimpleNamespace(perf_counter=lambda: float(next(clock)))
+
+    def rounds(judge, begin, *others):
+        point = Pooled(judge.objective, minibatches(few.batches), MODEL.split(few, start)[0])
+        yield early_stopping.Outcome(point, Status.MAX_ITERATIONS), 1
+
+    monkeypatch.setattr(early_stopping, "_rounds", rounds)
     monkeypatch.setattr(early_stopping, "time", seconds)
-    chosen(few, start, other, seconds=2.5)
-    assert seen == [0.0, 1.0, 1.0, *STEPS]
-    assert next(errors, None) is None
+    chosen(few, start, other, seconds=4.5)  # looks: began 0, scored 1, then 2, 3, 4
+    assert [step for step, _ in seen] == [0.0, 1.0, 0.8, 0.6]
 
 
 @pytest.mark.parametrize("worse", [2.0, math.inf])
 def test_the_start_stays_where_nothing_is_better(monkeypatch, worse):
     few, other, _, start = few_and_others()
-    with_errors(monkeypatch, [1.0] + [worse] * 9)
+    with_errors(monkeypatch, [worse] * 2)
     found = chosen(few, start, other)
     assert found.weights is start
     assert (found.step, found.error) == (0.0, 1.0)
@@ -297,7 +310,7 @@ def test_errors_are_those_of_what_is_kept():
     def stored(weights):
         return {name: value.bfloat16().double() for name, value in weights.items()}
 
-    found = chosen(few, start, other, iterations=FIRST, stored=stored)
+    found = chosen(few, start, other, iterations=6, stored=stored)
     kept = relative_error(other, MODEL, stored(found.weights))
     assert found.error == pytest.approx(kept, rel=1e-10)
     assert found.error != pytest.approx(relative_error(other, MODEL, found.weights), rel=1e-6)
@@ -330,7 +343,7 @@ def test_the_result_is_what_it_says():
 
 def test_a_start_that_stays_is_named(monkeypatch):
     few, other, _, start = few_and_others()
-    with_errors(monkeypatch, [1.0])
+    with_errors(monkeypatch, [])
     result = fit_validated(few, other, MODEL, init=start, max_iterations=0)
     assert result.notes[0].endswith("chosen: the start as it is")
     for name, value in start.items():

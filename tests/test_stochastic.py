@@ -41,12 +41,12 @@ def small_batches(monkeypatch):
     monkeypatch.setattr(minibatches, "BATCH_ROWS", 24)
 
 
-def loop(problem, start, iterations=1):
+def loop(problem, start, iterations=1, *, near=False):
     objective = Objective(problem, MODEL)
     theta, _ = MODEL.split(problem, start)
     settings = Settings(1e-12, iterations, None)
     generator = torch.Generator().manual_seed(0)
-    return Stochastic(objective, theta, settings, generator, lambda _: None, 0.0)
+    return Stochastic(objective, theta, settings, generator, lambda _: None, 0.0, near=near)
 
 
 @pytest.mark.usefixtures("small_batches")
@@ -87,6 +87,110 @@ def test_the_reduced_objective_is_the_same_in_parts(ridge):
     assert pooled.value == pytest.approx(point.value, rel=1e-11)
     difference = float((pooled.gradient - point.gradient).norm())
     assert difference <= 1e-9 * float(point.gradient.norm())
+
+
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_point_under_another_ridge_is_that_made_anew(bias):
+    problem, start = planted()
+    model = attnreg.MultiHead(heads=2, kv_heads=1, head_dim=3, bias=bias)
+    start = {name: value for name, value in start.items() if bias or name.startswith("W")}
+    theta, readout = model.split(problem, start)
+    objective, parts = Objective(problem, model), cut(problem.batches)
+    plain = Pooled(objective, parts, theta)
+    norm, shares = float(plain.gradient.norm()), (1e-2, 0.3, 3.0)
+    for center in (readout, torch.zeros_like(readout)):
+        for share, found in zip(shares, plain.ridged_readouts(shares, center), strict=True):
+            ridged = objective.with_ridge(plain.readout_ridge(share, center))
+            passes = ridged.passes
+            under = plain.under(ridged)
+            assert ridged.passes == passes  # no pass over the rows
+            anew = Pooled(ridged, parts, theta)
+            # An eigendecomposition against a Cholesky factor, ridge at least a hundredth.
+            torch.testing.assert_close(found, anew.readout, rtol=1e-9, atol=1e-11)
+            assert torch.equal(under.readout, anew.readout)
+            assert (under.loss, under.value, under.rank) == (anew.loss, anew.value, anew.rank)
+            assert torch.equal(under.gradient, anew.gradient)  # not what was kept of the other
+            assert abs(float(under.gradient.norm()) - norm) > 1e-3 * norm
+    assert plain.objective is objective
+
+
+def test_a_ridge_on_features_of_zero_leaves_the_constant():
+    problem, start = planted()
+    start["W_V"], start["b_V"] = torch.zeros_like(start["W_V"]), torch.zeros_like(start["b_V"])
+    theta, readout = MODEL.split(problem, start)
+    point = Pooled(Objective(problem, MODEL), cut(problem.batches), theta)
+    (found,) = point.ridged_readouts([0.1], readout)
+    assert not found[:-1].any()
+    torch.testing.assert_close(found, point.readout, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_a_known_start_is_not_made_again(monkeypatch):
+    problem, start = planted()
+    run = loop(problem, start, iterations=2)
+    known = Pooled(run._objective, run._batches, run._start.theta)
+    passes = known.objective.passes
+    again = Stochastic(
+        known.objective,
+        known,
+        run._settings,
+        torch.Generator().manual_seed(0),
+        lambda _: None,
+        0.0,
+        near=False,
+    )
+    assert known.objective.passes == passes
+    assert again._start is known
+    first, second = run.run(), again.run()
+    assert torch.equal(first.point.theta, second.point.theta)
+    # The time of the end, set aside, is that of the start's sums.
+    assert again._reserve == pytest.approx(known.seconds)
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_near_is_what_explains_more_than_the_mean(monkeypatch):
+    monkeypatch.setattr(stochastic, "NEAR_ROWS", 10**6)  # all of them
+    problem, start = planted()
+    objective = Objective(problem, MODEL)
+    for size in (0.0, 0.3, 0.9, 1.0, 1.1, 3.0):
+        # W_O and b_O that predict size times something besides the mean.
+        weights = {**start, "W_O": size * start["W_O"]}
+        error = attnreg.result.relative_error(problem, MODEL, weights)
+        near = stochastic.is_near(objective, *MODEL.split(problem, weights))
+        assert near == (error < 1.0), size
+        assert size or not near
+    theta, readout = MODEL.split(problem, start)
+    assert not stochastic.is_near(objective, theta, math.inf * readout)
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_queries_and_keys_are_slower_from_a_near_start():
+    problem, start = planted()
+    far, near = (loop(problem, start, near=near)._rates for near in (False, True))
+    expected = [stochastic.NEAR * far[0], stochastic.NEAR * far[1], far[2]]  # query, key, value
+    assert near == pytest.approx(expected, rel=1e-15)
+
+
+def test_a_logit_matrix_alone_keeps_its_rate():
+    problem, _ = planted()
+    model = attnreg.Bilinear()
+    theta, _ = model.split(problem, model.start(problem, 0))
+    settings, generator = Settings(1e-12, 1, None), torch.Generator()
+    rates = [
+        Stochastic(
+            Objective(problem, model), theta, settings, generator, lambda _: None, 0.0, near=near
+        )._rates
+        for near in (False, True)
+    ]
+    assert rates[0] == rates[1]
+
+
+def test_steps_of_an_iteration():
+    problem, start = planted()
+    run = loop(problem, start)
+    run.run()
+    assert stochastic.steps_of_iteration(problem) == run._steps >= stochastic.FEWEST_STEPS
 
 
 @pytest.mark.usefixtures("small_batches")

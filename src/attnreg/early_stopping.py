@@ -6,11 +6,12 @@ squares from as many features as the layer is wide, then everything else. So
 - the readout of every point that is looked at is solved with ridges too, shares
   :data:`RIDGES` of the features' mean square on the diagonal (the constant row is free). They pull
   it towards the readout of the start, or towards zero: which, the start's validation errors say;
-- mini-batches run in rounds, the first of :data:`FIRST` epochs and each later one :data:`LONGER`
-  times as long, each from the end of the one before and with the ridge that was best there, until
-  one after the first brings nothing;
-- points on the way from the start to the end of the best round, and to that of the last where there
-  is time, are compared with the ends.
+- mini-batches run in rounds, the first of about :data:`FIRST` steps times the root of the residuals
+  a weight and each later one :data:`LONGER` times as long, each from the end of the one before and
+  with the ridge that was best there;
+- from the end of a round the way back to the start is tried, a fifth (:data:`BACK`) at a time,
+  while that lowers the error. Where it does, the round went too far and was the last; so was one
+  after the first that brought nothing.
 
 A start's readout is worth pulling towards where it is not from the same data, such as what is left
 of an original layer's. One that was solved on them is where least squares ends anyway.
@@ -33,7 +34,7 @@ import torch
 from torch import Tensor
 
 from attnreg.fitting import check_bounds
-from attnreg.models import Model, Ridge
+from attnreg.models import Model
 from attnreg.objective import Objective
 from attnreg.problem import AttentionProblem
 from attnreg.progress import ProgressDisplay
@@ -41,17 +42,16 @@ from attnreg.records import Callback, IterationRecord, Status
 from attnreg.result import FitResult
 from attnreg.solvers.minibatches import Pooled, minibatches
 from attnreg.solvers.run import Outcome, Settings, counted_on, relative_gradient_norm
-from attnreg.solvers.stochastic import Stochastic
+from attnreg.solvers.stochastic import Stochastic, is_near, steps_of_iteration
 
 RIDGES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
-FIRST, LONGER = 6, 2
-STEPS = (0.5, 0.75)
-"""Points on the way from the start (0) to the end of a round (1)."""
+FIRST, LONGER = 72.0, 2
+BACK = 5
 
 TOL = 1e-8
 """Of every round; seldom met."""
 
-ENOUGH = 20
+ENOUGH = 40
 """Residuals a weight from which nothing of this is needed."""
 
 TOWARDS = {"start": "the start's", "zero": "zero"}
@@ -80,14 +80,17 @@ class _Candidate:
     Attributes:
         weights: The weights.
         error: Their validation error.
+        step: How far from the start to the end of a round: 0 the start, 1 the end.
+        point: Their features, under whatever ridge, on the sequences to fit on; None where they
+            were not needed.
         ridge: On the readout, as a share of the features' mean square.
         center: What it pulls towards: ``"start"``, ``"zero"``, or nothing.
-        step: How far from the start to the end of a round: 0 the start, 1 the end.
     """
 
     weights: Weights
     error: float
     step: float
+    point: Pooled | None = None
     ridge: float = 0.0
     center: str = ""
 
@@ -178,7 +181,8 @@ def fit_validated(
             observe=display.observer(history, callback),
         )
     theta, readout = model.split(problem, found.weights)
-    point = Pooled(objective, minibatches(problem.batches), theta)
+    point = found.point or Pooled(objective, minibatches(problem.batches), theta)
+    point = point.under(objective)
     loss = point.loss_at(readout)
     towards = f" towards {TOWARDS[found.center]}" if found.center else ""
     chosen = (
@@ -236,60 +240,61 @@ def held_out_fit(
         ValueError: If the error of the start is not finite, whatever its readout.
     """
     began = time.perf_counter()
-    problem, model = objective.problem, objective.model
-    few = scarce(problem, start)
-    theta, readout = model.split(problem, start)
-    judge = _Judge(objective, Objective(validation, model), stored, readout, few=few)
-    found = judge.candidates(start, 0.0)
-    start_error, lowest = found[0].error, _lowest(found)
-    if not math.isfinite(lowest):
+    judge = _Judge(objective, Objective(validation, objective.model), stored, start)
+    at_start = judge.candidates(start, 0.0)
+    best = _lowest(at_start)
+    if not math.isfinite(best.error):
         raise ValueError(
             "the validation error of the start is not finite: weights or inputs overflow; use "
             "float32 or bfloat16, or scale the inputs"
         )
-    path, status = {}, Status.VALIDATED
-    last, leading, iterations = start, start, 0
-    # After the last round the points on the way are judged, and the result is made.
+    path, status, iterations = {}, Status.VALIDATED, 0
+    # After a round its end is judged, and a point or two on the way back; one more for the result.
     scoring = time.perf_counter() - began
-    seconds = None if bounds.seconds is None else bounds.seconds - (len(STEPS) + 1) * scoring
-    rounds = _rounds(judge, theta, Bounds(bounds.iterations, seconds), seed, observe, began)
+    limit = math.inf if bounds.seconds is None else began + bounds.seconds
+    reserved = None if bounds.seconds is None else bounds.seconds - 3 * scoring
+    known, rest = at_start[0].point, Bounds(bounds.iterations, reserved)
+    begin = judge.theta if known is None else known.under(judge.objective)
+    rounds = _rounds(judge, begin, rest, seed, observe, began)
     for index, (outcome, iterations) in enumerate(rounds):
         point = outcome.point
         assert isinstance(point, Pooled)
-        last = model.join(problem, point.theta, point.readout, start)
-        ends = judge.candidates(last, 1.0, point)
-        found += ends
-        if math.isfinite(_lowest(ends)):
-            path[str(iterations)] = _lowest(ends)
-        better = _lowest(ends) < lowest
-        if better:
-            lowest, leading = _lowest(ends), last
+        end = _lowest(judge.candidates(judge.weights_of(point), 1.0, point))
+        if math.isfinite(end.error):
+            path[str(iterations)] = end.error
+        better = end.error < best.error
+        best = min(best, end, key=_error_of)
         if outcome.status in (Status.INTERRUPTED, Status.STOPPED):
             status = outcome.status
             break
-        if index and not better:
+        nearer = judge.way_back(end, limit - scoring)
+        best = min(best, nearer, key=_error_of)
+        if nearer.error < end.error or (index and not better):
             break
-    first = last if leading is start else leading
-    if last is not start:
-        found += judge.on_the_way(start, first)
-    spent = time.perf_counter() - began
-    in_time = bounds.seconds is None or spent + len(STEPS) * scoring <= bounds.seconds
-    if last is not first and in_time:
-        found += judge.on_the_way(start, last)
-    best = min(found, key=lambda one: one.error)
     return Chosen(
-        **vars(best), start_error=start_error, path=path, iterations=iterations, status=status
+        **vars(best),
+        start_error=at_start[0].error,
+        path=path,
+        iterations=iterations,
+        status=status,
     )
 
 
 def scarce(problem: AttentionProblem, weights: Weights) -> bool:
     """Whether there are too few residuals a weight to do without early stopping and ridges."""
-    count = sum(value.numel() for value in weights.values())
-    return problem.n_rows * problem.d_out < ENOUGH * count
+    return _residuals_a_weight(problem, weights) < ENOUGH
 
 
-def _lowest(candidates: Sequence[_Candidate]) -> float:
-    return min(one.error for one in candidates)
+def _residuals_a_weight(problem: AttentionProblem, weights: Weights) -> float:
+    return problem.n_rows * problem.d_out / sum(value.numel() for value in weights.values())
+
+
+def _error_of(candidate: _Candidate) -> float:
+    return candidate.error
+
+
+def _lowest(candidates: Sequence[_Candidate]) -> _Candidate:
+    return min(candidates, key=_error_of)
 
 
 class _Judge:
@@ -301,12 +306,15 @@ class _Judge:
         objective: What is fitted.
         other: The same on the sequences that judge.
         stored: What weights become where they are kept, such as rounded.
-        readout: Of the start.
-        few: Whether data are few.
+        start: The weights to start from.
 
     Attributes:
-        objective: With the ridge that had the lowest error at the last point, for the next round.
+        theta: Flat non-linear parameters of the start.
+        objective: With the ridge that had the lowest error at the last end of a round, or at the
+            start: for the next round.
         few: Whether data are few.
+        first_round: Its iterations, if so.
+        near: Whether the start is near, for all rounds.
     """
 
     def __init__(
@@ -314,12 +322,16 @@ class _Judge:
         objective: Objective,
         other: Objective,
         stored: Stored,
-        readout: Tensor,
-        *,
-        few: bool,
+        start: Weights,
     ) -> None:
         self.objective, self._other = objective, other
-        self._stored, self.few = stored, few
+        self._stored, self._start = stored, start
+        problem = objective.problem
+        self.few = scarce(problem, start)
+        steps = FIRST * _residuals_a_weight(problem, start) ** 0.5
+        self.first_round = math.ceil(steps / steps_of_iteration(problem))
+        self.theta, readout = objective.model.split(problem, start)
+        self.near = is_near(objective, self.theta, readout)
         self._centers = {"zero": torch.zeros_like(readout)}
         if readout.any():
             self._centers = {"start": readout, **self._centers}
@@ -327,62 +339,92 @@ class _Judge:
             minibatches(one.problem.batches) for one in (objective, other)
         )
 
+    def weights_of(self, point: Pooled) -> Weights:
+        """The weights of a point, its readout included."""
+        objective = self.objective
+        return objective.model.join(objective.problem, point.theta, point.readout, self._start)
+
     def candidates(
-        self, weights: Weights, step: float, fitted: Pooled | None = None
+        self, weights: Weights, step: float, point: Pooled | None = None
     ) -> list[_Candidate]:
-        """Weights as they are; where data are few, with readouts by least squares and by ridges.
+        """Weights as they are, and where data are few the best readout for them.
 
         At the start both, and the ridges pull both ways; at later points the better way only.
 
         Args:
             weights: The weights.
             step: As in :class:`_Candidate`.
-            fitted: Their point on the sequences to fit on, where it is known.
+            point: Theirs on the sequences to fit on, where it is known.
 
         Returns:
-            One or more.
+            One or two.
         """
-        model, problem, other = self.objective.model, self.objective.problem, self._other.problem
+        model, other = self.objective.model, self._other.problem
         theta, readout = model.split(other, self._stored(weights))
-        mine, _ = model.split(problem, weights)
         try:
             judging = Pooled(self._other, self._judging, theta)
-            if self.few and fitted is None:
-                fitted = Pooled(self.objective, self._batches, mine)
+            if self.few and point is None:
+                mine, _ = model.split(self.objective.problem, weights)
+                point = Pooled(self.objective, self._batches, mine)
         except torch.linalg.LinAlgError:  # features that are not finite
             return [_Candidate(weights, math.inf, step)]
         found = []
         if not (self.few and step):
-            found.append(_Candidate(weights, _error(judging, readout), step))
-        if not self.few:
-            return found
-        assert fitted is not None
-
-        def solved(ridge: Ridge | None, share: float = 0.0, center: str = "") -> _Candidate:
-            ridged = model.join(problem, mine, fitted.ridged(ridge), weights)
-            _, readout = model.split(other, self._stored(ridged))
-            return _Candidate(ridged, _error(judging, readout), step, share, center)
-
-        found.append(solved(None))
-        ridges = [
-            (fitted.readout_ridge(share, center), share, name)
-            for name, center in self._centers.items()
-            for share in RIDGES
-        ]
-        ridged = [solved(*one) for one in ridges]
-        best = min(range(len(ridges)), key=lambda i: ridged[i].error)
-        ridge, _, name = ridges[best]
-        self._centers = {name: self._centers[name]}
-        self.objective = self.objective.with_ridge(ridge)
-        return found + ridged
-
-    def on_the_way(self, start: Weights, end: Weights) -> list[_Candidate]:
-        """The candidates of the points :data:`STEPS` from a start to an end."""
-        found = []
-        for step in STEPS:
-            between = {name: value.lerp(end[name], step) for name, value in start.items()}
-            found += self.candidates(between, step)
+            found.append(_Candidate(weights, _error(judging, readout), step, point))
+        if self.few:
+            assert point is not None
+            found.append(self._solved(weights, step, point, judging))
         return found
+
+    def _solved(self, weights: Weights, step: float, point: Pooled, judging: Pooled) -> _Candidate:
+        """The best of least squares and the ridges; at an end the next round's ridge is chosen."""
+        model, problem = self.objective.model, self.objective.problem
+
+        def tried(readout: Tensor, share: float = 0.0, center: str = "") -> _Candidate:
+            solved = model.join(problem, point.theta, readout, weights)
+            _, kept = model.split(self._other.problem, self._stored(solved))
+            return _Candidate(solved, _error(judging, kept), step, point, share, center)
+
+        plain = tried(point.under(self.objective.with_ridge(None)).readout)
+        ridged = _lowest(
+            [
+                tried(readout, share, name)
+                for name, center in self._centers.items()
+                for share, readout in zip(
+                    RIDGES, point.ridged_readouts(RIDGES, center), strict=True
+                )
+            ]
+        )
+        if step in (0.0, 1.0):
+            center = self._centers[ridged.center]
+            self._centers = {ridged.center: center}
+            ridge = point.readout_ridge(ridged.ridge, center)
+            self.objective = self.objective.with_ridge(ridge)
+        return _lowest([plain, ridged])
+
+    def way_back(self, end: _Candidate, until: float) -> _Candidate:
+        """From an end towards the start while that lowers the error and there is time.
+
+        Args:
+            end: The end of a round.
+            until: ``time.perf_counter()`` after which no further point is begun.
+
+        Returns:
+            The best point, or the end.
+        """
+        best = end
+        for i in range(BACK - 1, 0, -1):
+            step = i / BACK
+            if time.perf_counter() > until:
+                break
+            between = {
+                name: value.lerp(end.weights[name], step) for name, value in self._start.items()
+            }
+            candidate = _lowest(self.candidates(between, step))
+            if not candidate.error < best.error:
+                break
+            best = candidate
+        return best
 
 
 def _error(point: Pooled, readout: Tensor) -> float:
@@ -391,12 +433,17 @@ def _error(point: Pooled, readout: Tensor) -> float:
 
 
 def _rounds(
-    judge: _Judge, theta: Tensor, bounds: Bounds, seed: int, observe: Callback, began: float
+    judge: _Judge,
+    begin: Tensor | Pooled,
+    bounds: Bounds,
+    seed: int,
+    observe: Callback,
+    began: float,
 ) -> Iterator[tuple[Outcome, int]]:
     """The rounds in turn, and the iterations until then; one for all of the bounds if not few."""
     generator = torch.Generator().manual_seed(seed)
     records: list[IterationRecord] = []
-    done, epochs = 0, FIRST if judge.few else bounds.iterations
+    done, epochs = 0, judge.first_round if judge.few else bounds.iterations
     while done < bounds.iterations:
         spent = time.perf_counter() - began
         left = math.inf if bounds.seconds is None else bounds.seconds - spent
@@ -407,9 +454,13 @@ def _rounds(
             epochs = bounds.iterations - done
         settings = Settings(TOL, epochs, bounds.seconds)
         counted = counted_on(observe, records)
-        outcome = Stochastic(judge.objective, theta, settings, generator, counted, began).run()
+        descent = Stochastic(
+            judge.objective, begin, settings, generator, counted, began, near=judge.near
+        )
+        outcome = descent.run()
         done = records[-1].iteration
         yield outcome, done
         if outcome.status is not Status.MAX_ITERATIONS:
             return
-        theta, epochs = outcome.point.theta, LONGER * epochs
+        assert isinstance(outcome.point, Pooled)
+        begin, epochs = outcome.point.under(judge.objective), LONGER * epochs

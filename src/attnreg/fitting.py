@@ -23,7 +23,7 @@ from attnreg.solvers.multistart import multistart
 from attnreg.solvers.path import WARM, stages_for
 from attnreg.solvers.rounds import rounds_then_curvature
 from attnreg.solvers.run import Outcome, Run, Settings
-from attnreg.solvers.stochastic import Stochastic
+from attnreg.solvers.stochastic import Stochastic, is_near
 from attnreg.solvers.trust_region import TrustRegion
 
 SOLVERS = ("trust-region", "stochastic", "newton-sketch", "newton-cg", "auto")
@@ -150,14 +150,18 @@ def fit(
         if solver == "trust-region":
             outcome = TrustRegion(objective, theta, settings, generator, observe, began).run()
         elif solver == "stochastic":
+            near = is_near(objective, theta, readout)
             if automatic and max_seconds is None:
                 outcome, switched = rounds_then_curvature(
-                    objective, theta, settings, generator, observe, began
+                    objective, theta, settings, generator, observe, began, near=near
                 )
                 if switched is not None:
                     reasons, solver = (*reasons, switched), "trust-region"
             else:
-                outcome = Stochastic(objective, theta, settings, generator, observe, began).run()
+                descent = Stochastic(
+                    objective, theta, settings, generator, observe, began, near=near
+                )
+                outcome = descent.run()
         else:
             source = generator if solver == "newton-sketch" else None
             loop = ApproximateNewton(objective, theta, settings, observe, began, source)

@@ -47,7 +47,8 @@ def twin(original, student, windows, *, predicts):
 
 @pytest.mark.parametrize("family", list(STUDENTS))
 def test_the_loss_falls_and_is_true_of_the_folder(root, tmp_path, family):  # noqa: F811
-    task = task_of(root, family, STEPS)
+    steps = 48 if family == "albert" else 16  # one block in all places gains later
+    task = task_of(root, family, replace(STEPS, final_steps=steps))
     fits = convert(task_of(root, family), tmp_path / "fits").report
     report = convert(task, tmp_path / "out").report
     original = by_transformers(root / family, torch.float32)
@@ -57,13 +58,13 @@ def test_the_loss_falls_and_is_true_of_the_folder(root, tmp_path, family):  # no
         expected = twin(original, model, task.held_out, predicts=task.predicts)
         # float32 against float64; a KL is a small difference of logarithms
         assert record[name] == pytest.approx(expected, rel=1e-4, abs=1e-7)
-    assert record["steps"] == 16
+    assert record["steps"] == steps
     assert record["best_step"] > 0
     assert record["held_out_loss"] < record["start_loss"]
     assert report["layers"] == fits["layers"]
     assert fits["final_pass"] is None
     assert "all layers together" not in (tmp_path / "fits" / "README.md").read_text()
-    assert "all layers together took 16 steps" in (tmp_path / "out" / "README.md").read_text()
+    assert f"all layers together took {steps} steps" in (tmp_path / "out" / "README.md").read_text()
 
     # The projections have moved, and nothing else.
     first, second = before.state_dict(), after.state_dict()

@@ -166,7 +166,7 @@ class ApproximateNewton:
                 status = self._iterate()
         except KeyboardInterrupt:
             status = Status.INTERRUPTED
-        return Outcome(self._point, self._norm, status)
+        return Outcome(self._point, status)
 
     def _iterate(self) -> Status | None:
         point, used, inner = self._point, None, 0

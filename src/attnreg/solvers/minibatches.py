@@ -7,7 +7,9 @@ caches, and memory does not grow with the data.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from functools import cached_property
 
 import torch
@@ -105,14 +107,17 @@ class Pooled:
         theta: Flat non-linear parameters; kept as they are given.
 
     Attributes:
+        batches: The mini-batches.
         readout: The minimiser over the readout.
         rank: Rank of its normal equations.
         loss: ``L`` alone.
         value: ``L`` plus ridges.
+        seconds: That its sums took.
     """
 
     def __init__(self, objective: Objective, batches: Sequence[Batch], theta: Tensor) -> None:
-        self.objective, self.theta, self._batches = objective, theta, batches
+        began = time.perf_counter()
+        self.objective, self.theta, self.batches = objective, theta, batches
         k = objective.layout.features + int(objective.layout.readout_bias)
         out = objective.problem.d_out
         both = torch.zeros(k, k + out, dtype=torch.float64, device=theta.device)
@@ -129,9 +134,16 @@ class Pooled:
         scale = self._scale(batches)
         self._gram, self._right = (both * scale).split([k, out], dim=1)
         self._square = square * scale
-        self.readout, self.rank = self._solved(objective.ridge)
-        self.loss = self.loss_at(self.readout)
-        self.value = self.loss + objective.ridge_value(theta, self.readout)
+        self._settle()
+        self.seconds = time.perf_counter() - began
+
+    def under(self, objective: Objective) -> Pooled:
+        """The same point, from the same sums, of an objective that differs in the ridge."""
+        other = copy(self)
+        other.__dict__.pop("gradient", None)
+        other.objective = objective
+        other._settle()
+        return other
 
     def loss_at(self, readout: Tensor) -> float:
         """``L`` alone with another readout."""
@@ -154,9 +166,40 @@ class Pooled:
         metric.diagonal()[:width] = share * self._gram.diagonal()[:width].mean()
         return Ridge(self.theta, (), center, metric)
 
-    def ridged(self, ridge: Ridge | None) -> Tensor:
-        """The readout with another ridge in place of the objective's."""
-        return self._solved(ridge)[0]
+    def ridged_readouts(self, shares: Iterable[float], center: Tensor) -> Iterator[Tensor]:
+        """The minimisers under :meth:`readout_ridge`, by one eigendecomposition for all shares.
+
+        The constant, which is free, is solved for first: what is left is ``F^T W F`` of centred
+        features, ``Q diag(lambda) Q^T``, and ``O = Q (Q^T (F^T W B + c m O0) / (lambda + c m))``.
+
+        Args:
+            shares: Strengths, as there.
+            center: What they pull towards.
+
+        Yields:
+            The readout of each, ``(features [+ 1], d_out)``.
+        """
+        width = self.objective.layout.features
+        gram, right, target = self._gram[:width, :width], self._right[:width], center.double()
+        mean = float(gram.diagonal().mean())
+        sums, total = self._gram[:width, width:], self._gram[width:, width:]
+        if self.objective.layout.readout_bias:
+            gram = gram - sums @ (sums.mT / total)
+            right = right - sums @ (self._right[width:] / total)
+        values, vectors = torch.linalg.eigh(gram)
+        turned, pull = vectors.mT @ right, vectors.mT @ target[:width]
+        cost, operations = product(width, width, right.shape[1]), self.objective.operations
+        operations.small += 2 * cost
+        for share in shares:
+            strength = share * mean
+            scale = values.clamp_min(0.0) + strength
+            inverse = torch.where(scale > 0.0, 1.0 / scale, 0.0)[:, None]
+            readout = vectors @ (inverse * (turned + strength * pull))
+            operations.small += cost
+            if self.objective.layout.readout_bias:
+                constant = (self._right[width:] - sums.mT @ readout) / total
+                readout = torch.cat([readout, constant])
+            yield readout.to(self.theta.dtype)
 
     @property
     def regularised(self) -> float:
@@ -167,7 +210,7 @@ class Pooled:
     def gradient(self) -> Tensor:
         """By ``theta``, ridges included, flat."""
         objective, theta = self.objective, self.theta
-        chosen = spread(self._batches, SAMPLE_ROWS)
+        chosen = spread(self.batches, SAMPLE_ROWS)
         gradient = torch.zeros_like(theta)
         for batch in chosen:
             features = features_of(objective, batch, theta)
@@ -181,11 +224,14 @@ class Pooled:
         weight = sum(float(batch.weights.sum(dtype=torch.float64)) for batch in batches)
         return self.objective.problem.total_weight / weight
 
-    def _solved(self, ridge: Ridge | None) -> tuple[Tensor, int]:
-        gram, right = self._gram, self._right
+    def _settle(self) -> None:
+        """The readout under the objective's ridge, and what the objective is there."""
+        gram, right, ridge = self._gram, self._right, self.objective.ridge
         if ridge is not None:
             gram = gram + ridge.readout
             right = right + ridge.readout_right
-        inverse, rank = scaled_inverse(gram, self.theta.dtype)
+        inverse, self.rank = scaled_inverse(gram, self.theta.dtype)
         self.objective.operations.small += product(gram.shape[0], gram.shape[0], right.shape[1])
-        return (inverse @ right).to(self.theta.dtype), rank
+        self.readout = (inverse @ right).to(self.theta.dtype)
+        self.loss = self.loss_at(self.readout)
+        self.value = self.loss + self.objective.ridge_value(self.theta, self.readout)

@@ -33,6 +33,8 @@ def rounds_then_curvature(
     generator: torch.Generator,
     observe: Callback,
     began: float,
+    *,
+    near: bool,
 ) -> tuple[Outcome, str | None]:
     """Runs rounds of mini-batches, and the trust region once a round has gained little.
 
@@ -43,6 +45,7 @@ def rounds_then_curvature(
         generator: Source of everything random.
         observe: Called with each record, iterations counted on.
         began: ``time.perf_counter()`` from which seconds are counted.
+        near: Whether the start is near: holds for all rounds.
 
     Returns:
         Where it ended, and why curvature went on; None where it did not.
@@ -56,7 +59,9 @@ def rounds_then_curvature(
     before = None
     while True:
         counted = counted_on(observe, records)
-        outcome = Stochastic(objective, theta, left(epochs), generator, counted, began).run()
+        bounds = left(epochs)
+        descent = Stochastic(objective, theta, bounds, generator, counted, began, near=near)
+        outcome = descent.run()
         before = records[0].regularised if before is None else before
         theta, value = outcome.point.theta, outcome.point.regularised
         last, done = records[-1].iteration - done, records[-1].iteration

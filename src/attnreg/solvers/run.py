@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -47,8 +48,12 @@ class Outcome:
     """Where the loop ended and why."""
 
     point: Iterate
-    gradient_norm: float
     status: Status
+
+    @cached_property
+    def gradient_norm(self) -> float:
+        """Of the point, relative; made when asked for: between rounds nobody does."""
+        return relative_gradient_norm(self.point)
 
 
 class Value(Protocol):

@@ -16,6 +16,8 @@ time of the end is set aside from a bound on the seconds, estimated from that of
 
 The root mean square of a step is :data:`RATE` times that of the block at the start: the largest
 singular value of a head changes by about the same share whatever its width and the data's scale.
+From a start that explains something already queries and keys move at :data:`NEAR` times the rate:
+they need not go far, and on other data they do harm first.
 It rises over :data:`WARM_UP` steps and falls to zero along a line at the bound of the
 run, by iterations or by time, whichever is nearer. An iteration is one epoch: all sequences once,
 of longer ones some of the rows; of little data as many epochs as make :data:`FEWEST_STEPS`.
@@ -26,7 +28,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +38,7 @@ from attnreg.batching import Batch
 from attnreg.curvature.preconditioner import natural_metric
 from attnreg.kronecker import split_blocks
 from attnreg.objective import Objective
+from attnreg.problem import AttentionProblem
 from attnreg.records import Callback, Status
 from attnreg.solvers.minibatches import (
     SAMPLE_ROWS,
@@ -53,11 +56,53 @@ from attnreg.solvers.steepest import ScaledInputs, polar_factors
 RATE = 0.015
 MOMENTUM = 0.9
 WARM_UP = 20
+NEAR = 0.4
+"""Of the rate, for queries and keys, from a start that is near (:func:`is_near`)."""
+
+NEAR_ROWS = 1024
+"""Rows on which that is seen, about."""
+
 FEWEST_STEPS = 8
 """Of an iteration: little data is gone through several times in one."""
 
 CLEARLY = 0.9
 """A loss below this share of the start's, both on the sample, is taken for lower over all rows."""
+
+
+def is_near(objective: Objective, theta: Tensor, readout: Tensor) -> bool:
+    """Whether a start with its readout is nearer to the targets than their mean is.
+
+    Seen on some of the rows. Averaged heads of a layer seldom are, what is left of its leading
+    directions is, and so is what was fitted before.
+
+    Args:
+        objective: What is minimised.
+        theta: Flat non-linear parameters.
+        readout: Given with them, ``(features [+ 1], d_out)``.
+
+    Returns:
+        The answer; no where the loss is not finite.
+    """
+    batches, loss, weight = minibatches(objective.problem.batches), 0.0, 0.0
+    for batch in spread(batches, NEAR_ROWS):
+        columns = features_of(objective, batch, theta, products=False).columns
+        residual = columns @ readout - batch.B.flatten(0, 1)
+        square = residual.square().sum(1, dtype=torch.float64)
+        loss += float(square @ batch.weights.double().flatten())
+        weight += float(batch.weights.sum(dtype=torch.float64))
+    share = weight / objective.problem.total_weight
+    return loss < share * objective.target_norm_squared
+
+
+def steps_of_iteration(problem: AttentionProblem) -> int:
+    """Steps that an iteration takes."""
+    batches = minibatches(problem.batches)
+    return _times(batches) * len(batches)
+
+
+def _times(batches: Sequence[Batch]) -> int:
+    """How often an iteration goes through the mini-batches."""
+    return math.ceil(FEWEST_STEPS / len(batches))
 
 
 @dataclass(frozen=True)
@@ -73,30 +118,33 @@ class Stochastic:
 
     Args:
         objective: What is minimised.
-        theta: Start.
+        start: Parameters, or their point over all mini-batches where it is known.
         settings: What bounds the run; the path is not used.
         generator: Orders the mini-batches.
         observe: Called with each record; a true answer stops the run.
         began: ``time.perf_counter()`` from which seconds are counted.
+        near: Whether the start is near, as :func:`is_near` says of it with its readout.
     """
 
     def __init__(
         self,
         objective: Objective,
-        theta: Tensor,
+        start: Tensor | Pooled,
         settings: Settings,
         generator: torch.Generator,
         observe: Callback,
         began: float,
+        *,
+        near: bool,
     ) -> None:
         self._objective, self._settings, self._generator = objective, settings, generator
         self._run = Run(objective, settings, observe, began)
-        entered = time.perf_counter()
         self._batches = minibatches(objective.problem.batches)
-        self._times = math.ceil(FEWEST_STEPS / len(self._batches))
+        self._times = _times(self._batches)
         self._sample = spread(self._batches, SAMPLE_ROWS)
-        self._start = Pooled(objective, self._sample, theta)
-        passed, share = time.perf_counter() - entered, len(self._batches) / len(self._sample)
+        if isinstance(start, Tensor):
+            start = Pooled(objective, self._sample, start)
+        self._start = start
         self._metric = natural_metric(self._start)
         self._inputs = ScaledInputs(objective)
         self._scaled = [self._inputs.batch(batch) for batch in self._batches]
@@ -107,10 +155,16 @@ class Stochastic:
         self._fitted = blocks[: len(blocks) - objective.layout.held]
         self._scales = [self._inputs.scales(block) for block in self._fitted]
         starts = split_blocks(self._start.theta, blocks)
-        self._rates = [RATE * (_size(w) or w.shape[0] ** -0.5) for w in starts]
+        slower = NEAR if near and objective.layout.values_move else 1.0
+        self._rates = [
+            RATE * (1.0 if block.name == "value" else slower) * (_size(w) or w.shape[0] ** -0.5)
+            for block, w in zip(self._fitted, starts, strict=False)
+        ]
         self._steps, self._rows, self._began = 0, 0, time.perf_counter()
-        whole = share if share > 1 else 0.0  # where the sample is not all rows already
-        self._reserve = (1 + whole) * passed
+        ending = len(self._sample)
+        if ending < len(self._batches):  # the sample, and all rows after it
+            ending += len(self._batches)
+        self._reserve = ending * start.seconds / len(start.batches)
 
     def run(self) -> Outcome:
         """Runs until a bound is met.
@@ -126,7 +180,7 @@ class Stochastic:
         except KeyboardInterrupt:
             status = Status.INTERRUPTED
         end = self._whole(self._start) if status is Status.DIVERGED else self._end()
-        return Outcome(end, relative_gradient_norm(end), status)
+        return Outcome(end, status)
 
     def _end(self) -> Pooled:
         """The lower of the start and of where the steps led, each with its best readout.
@@ -148,7 +202,7 @@ class Stochastic:
 
     def _whole(self, point: Pooled) -> Pooled:
         """A point of the sample over all rows."""
-        if len(self._sample) == len(self._batches):
+        if len(point.batches) == len(self._batches):
             return point
         return Pooled(self._objective, self._batches, point.theta)
 

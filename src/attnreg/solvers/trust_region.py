@@ -166,7 +166,7 @@ class TrustRegion:
             best = Point(self._objective, self._objective.features(self._start))
         if best is not self._point:
             self._move(best)
-        return Outcome(self._point, self._norm, status)
+        return Outcome(self._point, status)
 
     # ------------------------------------------------------------------ one iteration
 
