@@ -9,7 +9,7 @@ import torch
 
 import attnreg
 from attnreg import early_stopping
-from attnreg.early_stopping import FIRST, LONGER, RIDGES, Bounds, fit_validated, held_out_fit
+from attnreg.early_stopping import FIRST_STEPS, LONGER, RIDGES, Bounds, fit_validated, held_out_fit
 from attnreg.objective import Objective, Point
 from attnreg.records import Status
 from attnreg.result import relative_error
@@ -119,32 +119,52 @@ def test_a_ridge_on_the_readout_alone_has_its_gradient():
     assert torch.allclose(whole.gradient, point.gradient, rtol=1e-9, atol=1e-9)
 
 
-def test_the_start_says_what_ridges_pull_to_and_each_point_how_strongly(monkeypatch):
+def test_a_round_has_the_ridge_that_was_best_before_it(monkeypatch):
     few, other, _, start = few_and_others()
     count, ridges = len(RIDGES), []
-    # At the start as it is; by least squares, with ridges to its readout, at the start to zero too.
-    at_start = [0.9, 0.95, *[0.8] * count, *[0.85, 0.7, *[0.75] * (count - 2)]]
-    at_first_end = [0.66, *[0.68] * (count - 1), 0.6]
-    later = [0.7] * (3 * (1 + count))  # the second end, and one point on the way back from each
-    given = iter([*at_start, *at_first_end, *later])
+    # At the start as it is; then by least squares, with ridges to its readout, and to zero.
+    at_start = [0.9, 0.95, *[0.8] * count, 0.85, 0.7, *[0.75] * (count - 2)]
+    at_first_end = [0.66, *[0.68] * (2 * count - 1), 0.6]
+    at_second_end = [0.5, *[0.7] * 2 * count]  # without one
+    worse = [0.7] * (1 + 2 * count)
+    given = iter([*at_start, *at_first_end, *worse, *at_second_end, *worse, *worse, *worse])
     monkeypatch.setattr(early_stopping, "_error", lambda point, readout: next(given))
 
     class Seen(early_stopping.Stochastic):
-        def __init__(self, objective, *others, **options):
-            ridges.append(objective.ridge)
-            super().__init__(objective, *others, **options)
+        def __init__(self, point, *others, **options):
+            ridges.append(point.objective.ridge)
+            super().__init__(point, *others, **options)
 
     monkeypatch.setattr(early_stopping, "Stochastic", Seen)
-    found = chosen(few, start, other, iterations=100)
+    found = chosen(few, start, other, iterations=200)
     assert next(given, None) is None
-    assert (found.error, found.ridge, found.center) == (0.6, RIDGES[-1], "zero")
-    theta, _ = MODEL.split(few, start)
-    assert torch.equal(ridges[0].center, theta)  # where it was chosen
-    for ridge, share in zip(ridges, (RIDGES[1], RIDGES[-1]), strict=True):
+    assert (found.error, found.ridge, found.center) == (0.5, 0.0, "")
+    assert torch.equal(ridges[0].center, MODEL.split(few, start)[0])  # where it was chosen
+    for ridge, share in zip(ridges[:2], (RIDGES[1], RIDGES[-1]), strict=True):
         assert not ridge.readout_center.any()
         point = Pooled(Objective(few, MODEL), minibatches(few.batches), ridge.center)
         expected = point.readout_ridge(share, ridge.readout_center).readout
         assert torch.allclose(ridge.readout, expected, rtol=1e-12)
+    assert ridges[2:] == [None]
+
+
+@pytest.mark.parametrize("near", [True, False])
+def test_the_start_says_whether_it_is_near(monkeypatch, near):
+    few, other, _, start = few_and_others()
+    seen = []
+
+    class Seen(early_stopping.Stochastic):
+        def __init__(self, *arguments, near):
+            seen.append(near)
+            super().__init__(*arguments, near=near)
+
+    monkeypatch.setattr(early_stopping, "Stochastic", Seen)
+    theta, readout = MODEL.split(few, start)
+    solved = Pooled(Objective(few, MODEL), minibatches(few.batches), theta).readout
+    start = MODEL.join(few, theta, solved if near else 30.0 * readout, start)
+    with_errors(monkeypatch, [0.9, 0.95])
+    chosen(few, start, other, iterations=1000)
+    assert seen == [near] * 2
 
 
 def test_a_readout_that_is_not_from_the_data_is_worth_pulling_towards():
@@ -160,11 +180,18 @@ def test_a_readout_that_is_not_from_the_data_is_worth_pulling_towards():
     assert ours < 0.99 * theirs
 
 
-def test_where_data_are_many_there_is_one_run_without_a_ridge():
+def test_where_data_are_many_there_is_one_run_without_a_ridge(monkeypatch):
     problem, start = planted(190, noise=0.05, away=0.3)
     many, other = problem.subset(range(180)), problem.subset(range(180, 190))
-    seen = []
+    seen, steps, look = [], [], early_stopping._Judge.look
+
+    def looked(self, weights, step, point=None):
+        steps.append(step)
+        return look(self, weights, step, point)
+
+    monkeypatch.setattr(early_stopping._Judge, "look", looked)
     found = chosen(many, start, other, iterations=12, observe=lambda r: seen.append(r.iteration))
+    assert steps == [0.0, 1.0]  # none on the way
     alone = attnreg.fit(many, MODEL, solver="stochastic", init=start, max_iterations=12)
     assert (found.ridge, found.step, found.iterations) == (0.0, 1.0, 12)
     assert list(found.path) == ["12"]
@@ -186,13 +213,13 @@ def with_errors(monkeypatch, ends, way=None):
     """
     given, seen = iter(ends), []
 
-    def candidates(self, weights, step, point=None):
+    def look(self, weights, step, point=None, objective=None):
         seen.append((step, weights))
         between = (way or {}).get(step, math.inf)
         error = 1.0 if step == 0.0 else next(given) if step == 1.0 else between
         return [early_stopping._Candidate(weights, error, step, point)]
 
-    monkeypatch.setattr(early_stopping._Judge, "candidates", candidates)
+    monkeypatch.setattr(early_stopping._Judge, "look", look)
     return seen
 
 
@@ -200,7 +227,7 @@ def first_round(problem, start):
     """Iterations: steps by the residuals a weight, eight of them an iteration."""
     weights = sum(value.numel() for value in start.values())
     residuals = problem.n_rows * problem.d_out
-    return math.ceil(FIRST * math.sqrt(residuals / weights) / 8)
+    return math.ceil(FIRST_STEPS * math.sqrt(residuals / weights) / 8)
 
 
 def lengths_of_rounds(monkeypatch, errors, iterations, seconds=None):
@@ -281,17 +308,30 @@ def test_no_point_on_the_way_once_the_time_is_over(monkeypatch):
     few, other, _, start = few_and_others()
     seen = with_errors(monkeypatch, [0.9, 0.8], {0.8: 0.7, 0.6: 0.6, 0.4: 0.5})
     clock = itertools.count()
-    # Every look at the clock is a second later; the scoring of the start takes one.
+    # Every look at the clock is a second later: began 0, scored 1, around the round 2, 3 and 4,
+    # then one for each point, until two scorings before the limit.
     seconds = SimpleNamespace(perf_counter=lambda: float(next(clock)))
-
-    def rounds(judge, begin, *others):
-        point = Pooled(judge.objective, minibatches(few.batches), MODEL.split(few, start)[0])
-        yield early_stopping.Outcome(point, Status.MAX_ITERATIONS), 1
-
-    monkeypatch.setattr(early_stopping, "_rounds", rounds)
     monkeypatch.setattr(early_stopping, "time", seconds)
-    chosen(few, start, other, seconds=4.5)  # looks: began 0, scored 1, then 2, 3, 4
+    chosen(few, start, other, seconds=8.5)
     assert [step for step, _ in seen] == [0.0, 1.0, 0.8, 0.6]
+
+
+def test_an_interrupt_between_rounds_keeps_the_best(monkeypatch):
+    few, other, _, start = few_and_others()
+    seen = with_errors(monkeypatch, [0.9])
+    look = early_stopping._Judge.look
+
+    def interrupted(self, weights, step, point=None, objective=None):
+        if step == 0.8:
+            raise KeyboardInterrupt
+        return look(self, weights, step, point, objective)
+
+    monkeypatch.setattr(early_stopping._Judge, "look", interrupted)
+    result = fit_validated(few, other, MODEL, init=start)
+    assert result.status is Status.INTERRUPTED
+    assert "validation error 0.9000" in result.notes[0]
+    for name, value in seen[-1][1].items():
+        assert torch.equal(result.parameters[name], value)
 
 
 @pytest.mark.parametrize("worse", [2.0, math.inf])

@@ -1,6 +1,7 @@
 """The loop over mini-batches: its gradient, its bounds, and that no end is worse than its start."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -41,12 +42,23 @@ def small_batches(monkeypatch):
     monkeypatch.setattr(minibatches, "BATCH_ROWS", 24)
 
 
+def targets_and_weights(problem):
+    """Of each sequence, in order."""
+    targets, weights = {}, {}
+    for batch in problem.batches:
+        for k, i in enumerate(batch.index):
+            rows = batch.weights[k] > 0  # not the padding
+            targets[i], weights[i] = batch.B[k][rows], batch.weights[k][rows]
+    return [targets[i] for i in sorted(targets)], [weights[i] for i in sorted(weights)]
+
+
 def loop(problem, start, iterations=1, *, near=False):
     objective = Objective(problem, MODEL)
     theta, _ = MODEL.split(problem, start)
     settings = Settings(1e-12, iterations, None)
     generator = torch.Generator().manual_seed(0)
-    return Stochastic(objective, theta, settings, generator, lambda _: None, 0.0, near=near)
+    point = minibatches.sampled(objective, theta)
+    return Stochastic(point, settings, generator, lambda _: None, 0.0, near=near)
 
 
 @pytest.mark.usefixtures("small_batches")
@@ -126,42 +138,75 @@ def test_a_ridge_on_features_of_zero_leaves_the_constant():
 
 
 @pytest.mark.usefixtures("small_batches")
-def test_a_known_start_is_not_made_again(monkeypatch):
+@pytest.mark.parametrize("rows", [8192, 60])
+def test_a_start_over_all_rows_is_compared_over_all(monkeypatch, rows):
+    monkeypatch.setattr(minibatches, "SAMPLE_ROWS", rows)
+    monkeypatch.setattr(stochastic, "RATE", 1e6)  # leaves the start far behind
+    monkeypatch.setattr(stochastic, "CLEARLY", 1e9)  # whatever a sample would say
     problem, start = planted()
     run = loop(problem, start, iterations=2)
-    known = Pooled(run._objective, run._batches, run._start.theta)
-    passes = known.objective.passes
-    again = Stochastic(
-        known.objective,
-        known,
-        run._settings,
-        torch.Generator().manual_seed(0),
-        lambda _: None,
-        0.0,
-        near=False,
-    )
-    assert known.objective.passes == passes
-    assert again._start is known
-    first, second = run.run(), again.run()
-    assert torch.equal(first.point.theta, second.point.theta)
-    # The time of the end, set aside, is that of the start's sums.
-    assert again._reserve == pytest.approx(known.seconds)
+    assert run._sampled == (rows == 60)
+    whole = Pooled(run._objective, run._batches, run._start.theta)
+    settings, generator = run._settings, torch.Generator().manual_seed(0)
+    known = Stochastic(whole, settings, generator, lambda _: None, 0.0, near=False)
+    assert known._start is whole
+    assert known._reserve == pytest.approx(whole.seconds)  # of the end: one pass like it
+    passes = whole.objective.passes
+    assert known.run().point is whole
+    # Two epochs forward and back, and one pass over the end.
+    assert whole.objective.passes == passes + 2 * 2 + 1
+
+
+def test_scaled_inputs_do_not_outlive_the_run(monkeypatch):
+    kept = []
+
+    class Seen(stochastic.ScaledInputs):
+        def __init__(self, objective):
+            super().__init__(objective)
+            kept.append(weakref.ref(self))
+
+    class After(rounds.TrustRegion):
+        def __init__(self, *arguments):
+            assert kept
+            assert all(one() is None for one in kept)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(stochastic, "ScaledInputs", Seen)
+    monkeypatch.setattr(rounds, "TrustRegion", After)
+    problem, start = planted(lengths=(12,) * 48)
+    result = attnreg.fit(problem, MODEL, solver="auto", init=start, max_iterations=200)
+    assert result.solver == "trust-region"
+    assert result.history[-1].phase != "stochastic"
+    assert len(kept) >= 1
 
 
 @pytest.mark.usefixtures("small_batches")
-def test_near_is_what_explains_more_than_the_mean(monkeypatch):
-    monkeypatch.setattr(stochastic, "NEAR_ROWS", 10**6)  # all of them
+@pytest.mark.parametrize("rows", [10**6, 60])
+def test_near_is_what_explains_more_than_the_mean(monkeypatch, rows):
+    monkeypatch.setattr(minibatches, "SAMPLE_ROWS", rows)
     problem, start = planted()
-    objective = Objective(problem, MODEL)
+    objective, answers = Objective(problem, MODEL), set()
     for size in (0.0, 0.3, 0.9, 1.0, 1.1, 3.0):
-        # W_O and b_O that predict size times something besides the mean.
         weights = {**start, "W_O": size * start["W_O"]}
-        error = attnreg.result.relative_error(problem, MODEL, weights)
-        near = stochastic.is_near(objective, *MODEL.split(problem, weights))
-        assert near == (error < 1.0), size
-        assert size or not near
-    theta, readout = MODEL.split(problem, start)
-    assert not stochastic.is_near(objective, theta, math.inf * readout)
+        theta, readout = MODEL.split(problem, weights)
+        point = minibatches.sampled(objective, theta)
+        seen = problem.subset(sorted({i for part in point.batches for i in part.index}))
+        assert (seen.n_rows < problem.n_rows) == (rows == 60)
+        # The loss of the rows that are seen against their share of the targets' spread.
+        share = seen.total_weight / problem.total_weight
+        loss = Objective(seen, MODEL)
+        residual = [
+            (p - b).square().sum(1) @ w
+            for p, b, w in zip(
+                attnreg.predict(MODEL, weights, seen), *targets_and_weights(seen), strict=True
+            )
+        ]
+        assert loss.layout.features
+        expected = float(sum(residual)) < share * objective.target_norm_squared
+        assert point.explains(readout) == expected, size
+        answers.add(expected)
+    assert answers == {True, False}
+    assert not point.explains(math.nan * readout)
 
 
 @pytest.mark.usefixtures("small_batches")
@@ -176,21 +221,45 @@ def test_a_logit_matrix_alone_keeps_its_rate():
     problem, _ = planted()
     model = attnreg.Bilinear()
     theta, _ = model.split(problem, model.start(problem, 0))
+    point = minibatches.sampled(Objective(problem, model), theta)
     settings, generator = Settings(1e-12, 1, None), torch.Generator()
     rates = [
-        Stochastic(
-            Objective(problem, model), theta, settings, generator, lambda _: None, 0.0, near=near
-        )._rates
+        Stochastic(point, settings, generator, lambda _: None, 0.0, near=near)._rates
         for near in (False, True)
     ]
     assert rates[0] == rates[1]
 
 
-def test_steps_of_an_iteration():
+@pytest.mark.parametrize("size", [24, 80, 10**6])
+def test_steps_of_an_iteration(monkeypatch, size):
+    monkeypatch.setattr(minibatches, "BATCH_ROWS", size)
     problem, start = planted()
     run = loop(problem, start)
     run.run()
-    assert stochastic.steps_of_iteration(problem) == run._steps >= stochastic.FEWEST_STEPS
+    steps = stochastic.steps_of_iteration(cut(problem.batches))
+    assert steps == run._steps >= stochastic.FEWEST_STEPS
+
+
+@pytest.mark.parametrize("near", [True, False])
+@pytest.mark.parametrize("bounds", [{"max_seconds": 0.2}, {"max_iterations": 30}])
+def test_fit_says_whether_its_start_is_near(monkeypatch, near, bounds):
+    seen = []
+
+    class Seen(Stochastic):
+        def __init__(self, *arguments, near):
+            seen.append(near)
+            super().__init__(*arguments, near=near)
+
+    for module in (attnreg.fitting, rounds):
+        monkeypatch.setattr(module, "Stochastic", Seen)
+    monkeypatch.setattr(rounds, "PAYS", -1.0)  # every round pays
+    problem, start = planted(lengths=(12,) * 48)
+    theta, readout = MODEL.split(problem, start)
+    solved = minibatches.sampled(Objective(problem, MODEL), theta).readout
+    weights = MODEL.join(problem, theta, solved if near else 30.0 * readout, start)
+    attnreg.fit(problem, MODEL, solver="auto", init=weights, **bounds)
+    assert seen == [near] * len(seen)
+    assert len(seen) == (1 if "max_seconds" in bounds else 3)  # rounds of 6, 12 and 12
 
 
 @pytest.mark.usefixtures("small_batches")
@@ -253,7 +322,7 @@ def test_it_comes_near_the_minimum_and_is_reproducible():
 @pytest.mark.usefixtures("small_batches")
 @pytest.mark.parametrize("rows", [8192, 60])
 def test_it_is_never_worse_than_the_start(monkeypatch, rows):
-    monkeypatch.setattr(stochastic, "SAMPLE_ROWS", rows)
+    monkeypatch.setattr(minibatches, "SAMPLE_ROWS", rows)
     monkeypatch.setattr(stochastic, "RATE", 1e6)  # leaves the start far behind
     problem, start = planted()
     theta, _ = MODEL.split(problem, start)

@@ -4,11 +4,11 @@ With few residuals a weight the minimum of the loss is learnt by heart: the read
 squares from as many features as the layer is wide, then everything else. So
 
 - the readout of every point that is looked at is solved with ridges too, shares
-  :data:`RIDGES` of the features' mean square on the diagonal (the constant row is free). They pull
-  it towards the readout of the start, or towards zero: which, the start's validation errors say;
-- mini-batches run in rounds, the first of about :data:`FIRST` steps times the root of the residuals
-  a weight and each later one :data:`LONGER` times as long, each from the end of the one before and
-  with the ridge that was best there;
+  :data:`RIDGES` of the features' mean square on the diagonal (the constant row is free), that pull
+  it towards the readout of the start or towards zero;
+- mini-batches run in rounds, the first of about :data:`FIRST_STEPS` steps times the root of the
+  residuals a weight and each later one :data:`LONGER` times as long, each from the end of the one
+  before and with the ridge that was best there;
 - from the end of a round the way back to the start is tried, a fifth (:data:`BACK`) at a time,
   while that lowers the error. Where it does, the round went too far and was the last; so was one
   after the first that brought nothing.
@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -40,13 +40,19 @@ from attnreg.problem import AttentionProblem
 from attnreg.progress import ProgressDisplay
 from attnreg.records import Callback, IterationRecord, Status
 from attnreg.result import FitResult
-from attnreg.solvers.minibatches import Pooled, minibatches
-from attnreg.solvers.run import Outcome, Settings, counted_on, relative_gradient_norm
-from attnreg.solvers.stochastic import Stochastic, is_near, steps_of_iteration
+from attnreg.solvers.minibatches import Pooled, minibatches, sampled
+from attnreg.solvers.run import Settings, counted_on, relative_gradient_norm
+from attnreg.solvers.stochastic import Stochastic, steps_of_iteration
 
 RIDGES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
-FIRST, LONGER = 72.0, 2
+FIRST_STEPS = 72.0
+"""Of the first round, where there is one residual a weight."""
+
+LONGER = 2
+"""Times the length of a round, of the next."""
+
 BACK = 5
+"""Parts of the way back from an end to the start."""
 
 TOL = 1e-8
 """Of every round; seldom met."""
@@ -136,8 +142,9 @@ def fit_validated(
         model: What is fitted.
         init: Named parameters to start from, or a result; the better they are, the fewer epochs
             there are in which to overfit. A readout that was solved on the same sequences tells
-            nothing new: give the one before. Default: those of ``model.start``.
-        max_iterations: Bound on the epochs of all rounds together.
+            nothing new: give the one before. From a start that explains the outputs better than
+            their mean does queries and keys move more slowly. Default: those of ``model.start``.
+        max_iterations: Bound on the iterations of all rounds together.
         max_seconds: Bound on their time, the scoring included.
         seed: Seed of the order of the mini-batches.
         progress: Whether a live display is shown on the terminal.
@@ -241,41 +248,62 @@ def held_out_fit(
     """
     began = time.perf_counter()
     judge = _Judge(objective, Objective(validation, objective.model), stored, start)
-    at_start = judge.candidates(start, 0.0)
+    at_start = judge.look(start, 0.0)
     best = _lowest(at_start)
     if not math.isfinite(best.error):
         raise ValueError(
             "the validation error of the start is not finite: weights or inputs overflow; use "
             "float32 or bfloat16, or scale the inputs"
         )
-    path, status, iterations = {}, Status.VALIDATED, 0
-    # After a round its end is judged, and a point or two on the way back; one more for the result.
+    # After a round its end is judged, and a point on the way back; one more for the result.
     scoring = time.perf_counter() - began
     limit = math.inf if bounds.seconds is None else began + bounds.seconds
-    reserved = None if bounds.seconds is None else bounds.seconds - 3 * scoring
-    known, rest = at_start[0].point, Bounds(bounds.iterations, reserved)
-    begin = judge.theta if known is None else known.under(judge.objective)
-    rounds = _rounds(judge, begin, rest, seed, observe, began)
-    for index, (outcome, iterations) in enumerate(rounds):
-        point = outcome.point
-        assert isinstance(point, Pooled)
-        end = _lowest(judge.candidates(judge.weights_of(point), 1.0, point))
-        if math.isfinite(end.error):
-            path[str(iterations)] = end.error
-        better = end.error < best.error
-        best = min(best, end, key=_error_of)
-        if outcome.status in (Status.INTERRUPTED, Status.STOPPED):
-            status = outcome.status
-            break
-        nearer = judge.way_back(end, limit - scoring)
-        best = min(best, nearer, key=_error_of)
-        if nearer.error < end.error or (index and not better):
-            break
+    available = None if bounds.seconds is None else bounds.seconds - 3 * scoring
+    records: list[IterationRecord] = []
+    generator = torch.Generator().manual_seed(seed)
+    theta, readout = objective.model.split(objective.problem, start)
+    point = judge.ridged(at_start[-1]) or sampled(objective, theta)
+    near = point.explains(readout)
+    epochs = judge.first_round if judge.few else bounds.iterations
+    path, status, done, running = {}, Status.VALIDATED, 0, 0.0
+    try:
+        while done < bounds.iterations:
+            left = limit - 3 * scoring - time.perf_counter()
+            if done and left <= 0:
+                break
+            # What would be left for less than another such round, this one takes.
+            pace = running / done if done else 0.0
+            if 2 * epochs > bounds.iterations - done or 2 * epochs * pace > left:
+                epochs = bounds.iterations - done
+            settings, counted = Settings(TOL, epochs, available), counted_on(observe, records)
+            entered = time.perf_counter()
+            outcome = Stochastic(point, settings, generator, counted, began, near=near).run()
+            running += time.perf_counter() - entered
+            assert isinstance(outcome.point, Pooled)
+            first, done = not done, records[-1].iteration
+            end = _lowest(judge.look(judge.weights_of(outcome.point), 1.0, outcome.point))
+            if math.isfinite(end.error):
+                path[str(done)] = end.error
+            better = end.error < best.error
+            best = min(best, end, key=_error_of)
+            if outcome.status in (Status.INTERRUPTED, Status.STOPPED):
+                status = outcome.status
+                break
+            if not judge.few:
+                break
+            nearer = judge.way_back(end, limit - 2 * scoring)
+            best = min(best, nearer, key=_error_of)
+            too_far = nearer.error < end.error
+            if too_far or not (first or better) or outcome.status is not Status.MAX_ITERATIONS:
+                break
+            point, epochs = judge.ridged(end) or outcome.point, LONGER * epochs
+    except KeyboardInterrupt:
+        status = Status.INTERRUPTED
     return Chosen(
         **vars(best),
         start_error=at_start[0].error,
         path=path,
-        iterations=iterations,
+        iterations=records[-1].iteration if records else 0,
         status=status,
     )
 
@@ -309,12 +337,8 @@ class _Judge:
         start: The weights to start from.
 
     Attributes:
-        theta: Flat non-linear parameters of the start.
-        objective: With the ridge that had the lowest error at the last end of a round, or at the
-            start: for the next round.
         few: Whether data are few.
         first_round: Its iterations, if so.
-        near: Whether the start is near, for all rounds.
     """
 
     def __init__(
@@ -324,48 +348,60 @@ class _Judge:
         stored: Stored,
         start: Weights,
     ) -> None:
-        self.objective, self._other = objective, other
+        self._objective, self._other = objective, other
         self._stored, self._start = stored, start
         problem = objective.problem
-        self.few = scarce(problem, start)
-        steps = FIRST * _residuals_a_weight(problem, start) ** 0.5
-        self.first_round = math.ceil(steps / steps_of_iteration(problem))
-        self.theta, readout = objective.model.split(problem, start)
-        self.near = is_near(objective, self.theta, readout)
+        _, readout = objective.model.split(problem, start)
         self._centers = {"zero": torch.zeros_like(readout)}
         if readout.any():
             self._centers = {"start": readout, **self._centers}
         self._batches, self._judging = (
             minibatches(one.problem.batches) for one in (objective, other)
         )
+        self.few = scarce(problem, start)
+        steps = FIRST_STEPS * _residuals_a_weight(problem, start) ** 0.5
+        self.first_round = math.ceil(steps / steps_of_iteration(self._batches))
 
     def weights_of(self, point: Pooled) -> Weights:
         """The weights of a point, its readout included."""
-        objective = self.objective
-        return objective.model.join(objective.problem, point.theta, point.readout, self._start)
+        problem, model = self._objective.problem, self._objective.model
+        return model.join(problem, point.theta, point.readout, self._start)
 
-    def candidates(
-        self, weights: Weights, step: float, point: Pooled | None = None
+    def ridged(self, candidate: _Candidate) -> Pooled | None:
+        """A candidate's point under the ridge that it was chosen with; None without a point."""
+        point = candidate.point
+        if point is None:
+            return None
+        ridge = None
+        if candidate.center:
+            ridge = point.readout_ridge(candidate.ridge, self._centers[candidate.center])
+        return point.under(point.objective.with_ridge(ridge))
+
+    def look(
+        self,
+        weights: Weights,
+        step: float,
+        point: Pooled | None = None,
+        objective: Objective | None = None,
     ) -> list[_Candidate]:
-        """Weights as they are, and where data are few the best readout for them.
-
-        At the start both, and the ridges pull both ways; at later points the better way only.
+        """Weights as they are; where data are few, with the best readout for their features.
 
         Args:
-            weights: The weights.
+            weights: The weights. At the start both ways count, the second one last.
             step: As in :class:`_Candidate`.
             point: Theirs on the sequences to fit on, where it is known.
+            objective: Counts the pass over these where it is not.
 
         Returns:
             One or two.
         """
-        model, other = self.objective.model, self._other.problem
+        model, other = self._objective.model, self._other.problem
         theta, readout = model.split(other, self._stored(weights))
         try:
             judging = Pooled(self._other, self._judging, theta)
             if self.few and point is None:
-                mine, _ = model.split(self.objective.problem, weights)
-                point = Pooled(self.objective, self._batches, mine)
+                mine, _ = model.split(self._objective.problem, weights)
+                point = Pooled(objective or self._objective, self._batches, mine)
         except torch.linalg.LinAlgError:  # features that are not finite
             return [_Candidate(weights, math.inf, step)]
         found = []
@@ -377,30 +413,20 @@ class _Judge:
         return found
 
     def _solved(self, weights: Weights, step: float, point: Pooled, judging: Pooled) -> _Candidate:
-        """The best of least squares and the ridges; at an end the next round's ridge is chosen."""
-        model, problem = self.objective.model, self.objective.problem
+        """The best of least squares and the ridges."""
+        model, problem = self._objective.model, self._objective.problem
 
         def tried(readout: Tensor, share: float = 0.0, center: str = "") -> _Candidate:
             solved = model.join(problem, point.theta, readout, weights)
             _, kept = model.split(self._other.problem, self._stored(solved))
             return _Candidate(solved, _error(judging, kept), step, point, share, center)
 
-        plain = tried(point.under(self.objective.with_ridge(None)).readout)
-        ridged = _lowest(
-            [
-                tried(readout, share, name)
-                for name, center in self._centers.items()
-                for share, readout in zip(
-                    RIDGES, point.ridged_readouts(RIDGES, center), strict=True
-                )
-            ]
-        )
-        if step in (0.0, 1.0):
-            center = self._centers[ridged.center]
-            self._centers = {ridged.center: center}
-            ridge = point.readout_ridge(ridged.ridge, center)
-            self.objective = self.objective.with_ridge(ridge)
-        return _lowest([plain, ridged])
+        best = tried(point.under(point.objective.with_ridge(None)).readout)
+        for name, center in self._centers.items():
+            readouts = point.ridged_readouts(RIDGES, center)
+            for share, readout in zip(RIDGES, readouts, strict=True):
+                best = min(best, tried(readout, share, name), key=_error_of)
+        return best
 
     def way_back(self, end: _Candidate, until: float) -> _Candidate:
         """From an end towards the start while that lowers the error and there is time.
@@ -412,7 +438,7 @@ class _Judge:
         Returns:
             The best point, or the end.
         """
-        best = end
+        best, objective = end, None if end.point is None else end.point.objective
         for i in range(BACK - 1, 0, -1):
             step = i / BACK
             if time.perf_counter() > until:
@@ -420,7 +446,7 @@ class _Judge:
             between = {
                 name: value.lerp(end.weights[name], step) for name, value in self._start.items()
             }
-            candidate = _lowest(self.candidates(between, step))
+            candidate = _lowest(self.look(between, step, objective=objective))
             if not candidate.error < best.error:
                 break
             best = candidate
@@ -430,37 +456,3 @@ class _Judge:
 def _error(point: Pooled, readout: Tensor) -> float:
     error = point.objective.problem.relative_error(point.loss_at(readout))
     return error if math.isfinite(error) else math.inf
-
-
-def _rounds(
-    judge: _Judge,
-    begin: Tensor | Pooled,
-    bounds: Bounds,
-    seed: int,
-    observe: Callback,
-    began: float,
-) -> Iterator[tuple[Outcome, int]]:
-    """The rounds in turn, and the iterations until then; one for all of the bounds if not few."""
-    generator = torch.Generator().manual_seed(seed)
-    records: list[IterationRecord] = []
-    done, epochs = 0, judge.first_round if judge.few else bounds.iterations
-    while done < bounds.iterations:
-        spent = time.perf_counter() - began
-        left = math.inf if bounds.seconds is None else bounds.seconds - spent
-        if done and left <= 0:
-            return
-        # What would be left for less than another such round, this one takes.
-        if 2 * epochs > bounds.iterations - done or (done and 2 * epochs * spent / done > left):
-            epochs = bounds.iterations - done
-        settings = Settings(TOL, epochs, bounds.seconds)
-        counted = counted_on(observe, records)
-        descent = Stochastic(
-            judge.objective, begin, settings, generator, counted, began, near=judge.near
-        )
-        outcome = descent.run()
-        done = records[-1].iteration
-        yield outcome, done
-        if outcome.status is not Status.MAX_ITERATIONS:
-            return
-        assert isinstance(outcome.point, Pooled)
-        begin, epochs = outcome.point.under(judge.objective), LONGER * epochs

@@ -19,11 +19,12 @@ from attnreg.records import Callback, IterationRecord, Status
 from attnreg.result import FitResult
 from attnreg.solvers.approximate_newton import MAX_DENSE_SIZE, ApproximateNewton
 from attnreg.solvers.choice import chosen
+from attnreg.solvers.minibatches import sampled
 from attnreg.solvers.multistart import multistart
 from attnreg.solvers.path import WARM, stages_for
 from attnreg.solvers.rounds import rounds_then_curvature
 from attnreg.solvers.run import Outcome, Run, Settings
-from attnreg.solvers.stochastic import Stochastic, is_near
+from attnreg.solvers.stochastic import Stochastic
 from attnreg.solvers.trust_region import TrustRegion
 
 SOLVERS = ("trust-region", "stochastic", "newton-sketch", "newton-cg", "auto")
@@ -59,8 +60,10 @@ def fit(
         problem: Inputs, outputs, mask, weights, scale and ridges.
         model: What is fitted; default :class:`Bilinear`.
         solver: ``"trust-region"``, for every problem; ``"stochastic"``, mini-batches of sequences,
-            for data with many residuals a parameter (an iteration is an epoch, the start is
-            ``init``'s, and the rate falls to zero at the bound, so set one);
+            for data with many residuals a parameter (an iteration is an epoch, of little data
+            several; the start is ``init``'s, and queries and keys move more slowly where that
+            explains ``B`` better than its mean does; the rate falls to zero at the bound, so set
+            one);
             ``"newton-sketch"``, the paper's algorithm with sampled query rows; ``"newton-cg"``,
             the same by conjugate gradients in the natural metric. The last two are for
             :class:`Bilinear` with both ridges, and descend from the start with constant forcing:
@@ -150,18 +153,16 @@ def fit(
         if solver == "trust-region":
             outcome = TrustRegion(objective, theta, settings, generator, observe, began).run()
         elif solver == "stochastic":
-            near = is_near(objective, theta, readout)
+            begin = sampled(objective, theta)
+            near = begin.explains(readout)
             if automatic and max_seconds is None:
                 outcome, switched = rounds_then_curvature(
-                    objective, theta, settings, generator, observe, began, near=near
+                    begin, settings, generator, observe, began, near=near
                 )
                 if switched is not None:
                     reasons, solver = (*reasons, switched), "trust-region"
             else:
-                descent = Stochastic(
-                    objective, theta, settings, generator, observe, began, near=near
-                )
-                outcome = descent.run()
+                outcome = Stochastic(begin, settings, generator, observe, began, near=near).run()
         else:
             source = generator if solver == "newton-sketch" else None
             loop = ApproximateNewton(objective, theta, settings, observe, began, source)

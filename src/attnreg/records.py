@@ -49,8 +49,8 @@ _TEXTS = {
         "solver='trust-region', or scale the problem"
     ),
     Status.VALIDATED: (
-        "of the points on the way the one with the lowest error on the validation sequences was "
-        "taken: it is the minimum of no loss"
+        "of the points that were looked at the one with the lowest error on the validation "
+        "sequences was taken: it is the minimum of no loss"
     ),
     Status.STOPPED: "the callback asked to stop: this is the best iterate so far",
 }

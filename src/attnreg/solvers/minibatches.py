@@ -92,6 +92,12 @@ def spread(batches: Sequence[Batch], rows: int) -> list[Batch]:
     return [batches[i * total // count] for i in range(count)]
 
 
+def sampled(objective: Objective, theta: Tensor) -> Pooled:
+    """The reduced objective on about :data:`SAMPLE_ROWS` rows; on all where there are no more."""
+    batches = spread(minibatches(objective.problem.batches), SAMPLE_ROWS)
+    return Pooled(objective, batches, theta)
+
+
 class Pooled:
     """The reduced objective at one ``theta``, summed over mini-batches in one forward pass.
 
@@ -145,6 +151,10 @@ class Pooled:
         other._settle()
         return other
 
+    def explains(self, readout: Tensor) -> bool:
+        """Whether the loss with a readout is below that of the targets' mean; not if it is NaN."""
+        return self.loss_at(readout) < self.objective.target_norm_squared
+
     def loss_at(self, readout: Tensor) -> float:
         """``L`` alone with another readout."""
         readout = readout.double()
@@ -179,27 +189,36 @@ class Pooled:
         Yields:
             The readout of each, ``(features [+ 1], d_out)``.
         """
-        width = self.objective.layout.features
-        gram, right, target = self._gram[:width, :width], self._right[:width], center.double()
-        mean = float(gram.diagonal().mean())
+        width, with_constant = self.objective.layout.features, self.objective.layout.readout_bias
+        mean = float(self._gram.diagonal()[:width].mean())
         sums, total = self._gram[:width, width:], self._gram[width:, width:]
-        if self.objective.layout.readout_bias:
-            gram = gram - sums @ (sums.mT / total)
+        right = self._right[:width]
+        if with_constant:
             right = right - sums @ (self._right[width:] / total)
-        values, vectors = torch.linalg.eigh(gram)
-        turned, pull = vectors.mT @ right, vectors.mT @ target[:width]
+        values, vectors = self._centred
+        turned, pull = vectors.mT @ right, vectors.mT @ center[:width].double()
         cost, operations = product(width, width, right.shape[1]), self.objective.operations
         operations.small += 2 * cost
         for share in shares:
             strength = share * mean
-            scale = values.clamp_min(0.0) + strength
+            scale = values + strength
             inverse = torch.where(scale > 0.0, 1.0 / scale, 0.0)[:, None]
             readout = vectors @ (inverse * (turned + strength * pull))
             operations.small += cost
-            if self.objective.layout.readout_bias:
+            if with_constant:
                 constant = (self._right[width:] - sums.mT @ readout) / total
                 readout = torch.cat([readout, constant])
             yield readout.to(self.theta.dtype)
+
+    @cached_property
+    def _centred(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues, none below 0, and eigenvectors of the centred features' ``F^T W F``."""
+        width = self.objective.layout.features
+        gram, sums = self._gram[:width, :width], self._gram[:width, width:]
+        if self.objective.layout.readout_bias:
+            gram = gram - sums @ (sums.mT / self._gram[width:, width:])
+        values, vectors = torch.linalg.eigh(gram)
+        return values.clamp_min(0.0), vectors
 
     @property
     def regularised(self) -> float:

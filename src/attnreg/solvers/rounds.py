@@ -11,10 +11,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from attnreg.objective import Objective
 from attnreg.records import Callback, IterationRecord, Status
+from attnreg.solvers.minibatches import Pooled
 from attnreg.solvers.run import Outcome, Settings, counted_on
 from attnreg.solvers.stochastic import Stochastic
 from attnreg.solvers.trust_region import TrustRegion
@@ -27,8 +26,7 @@ PAYS = 0.05
 
 
 def rounds_then_curvature(
-    objective: Objective,
-    theta: Tensor,
+    point: Pooled,
     settings: Settings,
     generator: torch.Generator,
     observe: Callback,
@@ -39,18 +37,17 @@ def rounds_then_curvature(
     """Runs rounds of mini-batches, and the trust region once a round has gained little.
 
     Args:
-        objective: What is minimised.
-        theta: Start.
+        point: The start; its objective is minimised.
         settings: What bounds both together, by iterations.
         generator: Source of everything random.
         observe: Called with each record, iterations counted on.
         began: ``time.perf_counter()`` from which seconds are counted.
-        near: Whether the start is near: holds for all rounds.
+        near: Whether the start is near, for all rounds (:class:`.stochastic.Stochastic`).
 
     Returns:
         Where it ended, and why curvature went on; None where it did not.
     """
-    done, epochs = 0, FIRST
+    objective, done, epochs = point.objective, 0, FIRST
     records: list[IterationRecord] = []
 
     def left(bound: int) -> Settings:
@@ -58,12 +55,11 @@ def rounds_then_curvature(
 
     before = None
     while True:
-        counted = counted_on(observe, records)
-        bounds = left(epochs)
-        descent = Stochastic(objective, theta, bounds, generator, counted, began, near=near)
-        outcome = descent.run()
+        bounds, counted = left(epochs), counted_on(observe, records)
+        outcome = Stochastic(point, bounds, generator, counted, began, near=near).run()
+        assert isinstance(outcome.point, Pooled)
         before = records[0].regularised if before is None else before
-        theta, value = outcome.point.theta, outcome.point.regularised
+        point, value = outcome.point, outcome.point.regularised
         last, done = records[-1].iteration - done, records[-1].iteration
         if outcome.status is not Status.MAX_ITERATIONS or done >= settings.max_iterations:
             return outcome, None
@@ -76,4 +72,4 @@ def rounds_then_curvature(
         f"objective by {gain}"
     )
     bounds, counted = left(settings.max_iterations), counted_on(observe, records)
-    return TrustRegion(objective, theta, bounds, generator, counted, began).run(), reason
+    return TrustRegion(objective, point.theta, bounds, generator, counted, began).run(), reason

@@ -11,16 +11,18 @@ at a readout that is solved all along::
               scaled by the inputs' second moment    (:mod:`.steepest`)
 
 The inputs in scaled coordinates are made once and kept, which takes their memory a second time. At
-both ends the readout is exact: at the start over a sample of the rows, at the end over all. The
-time of the end is set aside from a bound on the seconds, estimated from that of the start.
+both ends the readout is exact: at the start over a sample of the rows, or over all where that is
+known, at the end over all. The time of the end is set aside from a bound on the seconds, estimated
+from that of the start.
 
 The root mean square of a step is :data:`RATE` times that of the block at the start: the largest
 singular value of a head changes by about the same share whatever its width and the data's scale.
-From a start that explains something already queries and keys move at :data:`NEAR` times the rate:
-they need not go far, and on other data they do harm first.
-It rises over :data:`WARM_UP` steps and falls to zero along a line at the bound of the
-run, by iterations or by time, whichever is nearer. An iteration is one epoch: all sequences once,
-of longer ones some of the rows; of little data as many epochs as make :data:`FEWEST_STEPS`.
+Queries and keys move at :data:`NEAR` times that from a start that explains something already: they
+need not go far, and what they learn by heart does harm first. (A logit matrix with fixed values has
+the whole rate.) The rate rises over :data:`WARM_UP` steps and falls to zero along a line at the
+bound of the run, by iterations or by time, whichever is nearer. An iteration is one epoch: all
+sequences once, of longer ones some of the rows; of little data as many epochs as make
+:data:`FEWEST_STEPS`.
 Heuristic: the rate, the powers and the size of the mini-batches, measured on real layers.
 """
 
@@ -37,16 +39,12 @@ from torch import Tensor
 from attnreg.batching import Batch
 from attnreg.curvature.preconditioner import natural_metric
 from attnreg.kronecker import split_blocks
-from attnreg.objective import Objective
-from attnreg.problem import AttentionProblem
 from attnreg.records import Callback, Status
 from attnreg.solvers.minibatches import (
-    SAMPLE_ROWS,
     Pooled,
     features_of,
     minibatches,
     partial_gradient,
-    spread,
     stride,
 )
 from attnreg.solvers.run import Outcome, Run, Settings, relative_gradient_norm
@@ -57,46 +55,17 @@ RATE = 0.015
 MOMENTUM = 0.9
 WARM_UP = 20
 NEAR = 0.4
-"""Of the rate, for queries and keys, from a start that is near (:func:`is_near`)."""
-
-NEAR_ROWS = 1024
-"""Rows on which that is seen, about."""
+"""Of the rate, for queries and keys, from a start that is near."""
 
 FEWEST_STEPS = 8
 """Of an iteration: little data is gone through several times in one."""
 
 CLEARLY = 0.9
-"""A loss below this share of the start's, both on the sample, is taken for lower over all rows."""
+"""A loss below this share of the start's, both on a sample, is taken for lower over all rows."""
 
 
-def is_near(objective: Objective, theta: Tensor, readout: Tensor) -> bool:
-    """Whether a start with its readout is nearer to the targets than their mean is.
-
-    Seen on some of the rows. Averaged heads of a layer seldom are, what is left of its leading
-    directions is, and so is what was fitted before.
-
-    Args:
-        objective: What is minimised.
-        theta: Flat non-linear parameters.
-        readout: Given with them, ``(features [+ 1], d_out)``.
-
-    Returns:
-        The answer; no where the loss is not finite.
-    """
-    batches, loss, weight = minibatches(objective.problem.batches), 0.0, 0.0
-    for batch in spread(batches, NEAR_ROWS):
-        columns = features_of(objective, batch, theta, products=False).columns
-        residual = columns @ readout - batch.B.flatten(0, 1)
-        square = residual.square().sum(1, dtype=torch.float64)
-        loss += float(square @ batch.weights.double().flatten())
-        weight += float(batch.weights.sum(dtype=torch.float64))
-    share = weight / objective.problem.total_weight
-    return loss < share * objective.target_norm_squared
-
-
-def steps_of_iteration(problem: AttentionProblem) -> int:
-    """Steps that an iteration takes."""
-    batches = minibatches(problem.batches)
+def steps_of_iteration(batches: Sequence[Batch]) -> int:
+    """Steps that an iteration takes with these mini-batches, those of all sequences."""
     return _times(batches) * len(batches)
 
 
@@ -117,19 +86,18 @@ class Stochastic:
     """The loop over mini-batches.
 
     Args:
-        objective: What is minimised.
-        start: Parameters, or their point over all mini-batches where it is known.
+        start: The start, on a sample of the rows or on all; its objective is minimised.
         settings: What bounds the run; the path is not used.
         generator: Orders the mini-batches.
         observe: Called with each record; a true answer stops the run.
         began: ``time.perf_counter()`` from which seconds are counted.
-        near: Whether the start is near, as :func:`is_near` says of it with its readout.
+        near: Whether the start is near: whether it explains the targets better than their mean,
+            with the readout that was given with it.
     """
 
     def __init__(
         self,
-        objective: Objective,
-        start: Tensor | Pooled,
+        start: Pooled,
         settings: Settings,
         generator: torch.Generator,
         observe: Callback,
@@ -137,14 +105,12 @@ class Stochastic:
         *,
         near: bool,
     ) -> None:
-        self._objective, self._settings, self._generator = objective, settings, generator
+        objective = start.objective
+        self._start, self._objective = start, objective
+        self._settings, self._generator = settings, generator
         self._run = Run(objective, settings, observe, began)
         self._batches = minibatches(objective.problem.batches)
         self._times = _times(self._batches)
-        self._sample = spread(self._batches, SAMPLE_ROWS)
-        if isinstance(start, Tensor):
-            start = Pooled(objective, self._sample, start)
-        self._start = start
         self._metric = natural_metric(self._start)
         self._inputs = ScaledInputs(objective)
         self._scaled = [self._inputs.batch(batch) for batch in self._batches]
@@ -161,10 +127,10 @@ class Stochastic:
             for block, w in zip(self._fitted, starts, strict=False)
         ]
         self._steps, self._rows, self._began = 0, 0, time.perf_counter()
-        ending = len(self._sample)
-        if ending < len(self._batches):  # the sample, and all rows after it
-            ending += len(self._batches)
-        self._reserve = ending * start.seconds / len(start.batches)
+        passed = len(self._batches)
+        if self._sampled:
+            passed += len(start.batches)
+        self._reserve = passed * start.seconds / len(start.batches)
 
     def run(self) -> Outcome:
         """Runs until a bound is met.
@@ -182,29 +148,36 @@ class Stochastic:
         end = self._whole(self._start) if status is Status.DIVERGED else self._end()
         return Outcome(end, status)
 
+    @property
+    def _sampled(self) -> bool:
+        """Whether the start is known on some of the rows only."""
+        return len(self._start.batches) < len(self._batches)
+
     def _end(self) -> Pooled:
         """The lower of the start and of where the steps led, each with its best readout.
 
-        On the sample both have a readout that suits it, so that it tells them apart where they
-        differ clearly; over all rows otherwise.
+        Where the start is known on a sample only, both have a readout that suits that, so that it
+        tells them apart where they differ clearly; over all rows otherwise.
 
         Returns:
             The point over all rows.
         """
-        if self._steps:
-            sampled = Pooled(self._objective, self._sample, self._inputs.leave(self._theta))
-            end = self._whole(sampled)
+        if not self._steps:
+            return self._whole(self._start)
+        theta = self._inputs.leave(self._theta)
+        if self._sampled:
+            sampled = Pooled(self._objective, self._start.batches, theta)
             if sampled.value <= CLEARLY * self._start.value:
-                return end
-            start = self._whole(self._start)
-            return end if end.value <= start.value else start
-        return self._whole(self._start)
+                return self._whole(sampled)
+        end = Pooled(self._objective, self._batches, theta)
+        start = self._whole(self._start)
+        return end if end.value <= start.value else start
 
     def _whole(self, point: Pooled) -> Pooled:
-        """A point of the sample over all rows."""
-        if len(point.batches) == len(self._batches):
-            return point
-        return Pooled(self._objective, self._batches, point.theta)
+        """A point over all rows."""
+        if self._sampled:
+            return Pooled(self._objective, self._batches, point.theta)
+        return point
 
     def _epoch(self) -> Status | None:
         """All mini-batches in random order, once, or more often where they are few."""
@@ -273,7 +246,7 @@ class Stochastic:
 
     def _factor(self) -> float:
         """Of the rate: warm-up, then a line to zero at the nearer bound."""
-        total = self._settings.max_iterations * self._times * len(self._batches)
+        total = self._settings.max_iterations * steps_of_iteration(self._batches)
         done = self._steps / max(1, total)
         spent, left = time.perf_counter() - self._began, max(0.0, self._seconds_left())
         done = min(1.0, max(done, spent / (spent + left)))

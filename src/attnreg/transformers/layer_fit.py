@@ -38,8 +38,8 @@ class LayerFit:
         start_error: Held-out relative error of the start; where data are few, of the one whose
             ``W_O`` is not solved for.
         error: Relative error on the fitted windows.
-        held_out_error: Relative error on the held-out windows: the least of the start, the rounds
-            of the fit and the points between, so slightly optimistic.
+        held_out_error: Relative error on the held-out windows: the least of the start, the ends of
+            the rounds and points on the way back from them, so slightly optimistic.
         iterations: Iterations of the fit, all rounds together.
         ridge: Of the readout, as a share of the features' mean square.
         center: What that pulls towards: ``"start"``, ``"zero"``, or nothing.
