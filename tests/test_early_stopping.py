@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import attnreg
-from attnreg import early_stopping
-from attnreg.early_stopping import FIRST_STEPS, LONGER, RIDGES, Bounds, fit_validated, held_out_fit
+from attnreg import early_stopping, judging
+from attnreg.early_stopping import FIRST_STEPS, LONGER, Bounds, fit_validated, held_out_fit
+from attnreg.judging import RIDGES, Candidate, Judge
 from attnreg.objective import Objective, Point
 from attnreg.records import Status
 from attnreg.result import relative_error
@@ -128,7 +129,7 @@ def test_a_round_has_the_ridge_that_was_best_before_it(monkeypatch):
     at_second_end = [0.5, *[0.7] * 2 * count]  # without one
     worse = [0.7] * (1 + 2 * count)
     given = iter([*at_start, *at_first_end, *worse, *at_second_end, *worse, *worse, *worse])
-    monkeypatch.setattr(early_stopping, "_error", lambda point, readout: next(given))
+    monkeypatch.setattr(judging, "_error", lambda point, readout: next(given))
 
     class Seen(early_stopping.Stochastic):
         def __init__(self, point, *others, **options):
@@ -183,13 +184,13 @@ def test_a_readout_that_is_not_from_the_data_is_worth_pulling_towards():
 def test_where_data_are_many_there_is_one_run_without_a_ridge(monkeypatch):
     problem, start = planted(190, noise=0.05, away=0.3)
     many, other = problem.subset(range(180)), problem.subset(range(180, 190))
-    seen, steps, look = [], [], early_stopping._Judge.look
+    seen, steps, look = [], [], Judge.look
 
     def looked(self, weights, step, point=None):
         steps.append(step)
         return look(self, weights, step, point)
 
-    monkeypatch.setattr(early_stopping._Judge, "look", looked)
+    monkeypatch.setattr(Judge, "look", looked)
     found = chosen(many, start, other, iterations=12, observe=lambda r: seen.append(r.iteration))
     assert steps == [0.0, 1.0]  # none on the way
     alone = attnreg.fit(many, MODEL, solver="stochastic", init=start, max_iterations=12)
@@ -217,9 +218,9 @@ def with_errors(monkeypatch, ends, way=None):
         seen.append((step, weights))
         between = (way or {}).get(step, math.inf)
         error = 1.0 if step == 0.0 else next(given) if step == 1.0 else between
-        return [early_stopping._Candidate(weights, error, step, point)]
+        return [Candidate(weights, error, step, point)]
 
-    monkeypatch.setattr(early_stopping._Judge, "look", look)
+    monkeypatch.setattr(Judge, "look", look)
     return seen
 
 
@@ -311,7 +312,8 @@ def test_no_point_on_the_way_once_the_time_is_over(monkeypatch):
     # Every look at the clock is a second later: began 0, scored 1, around the round 2, 3 and 4,
     # then one for each point, until two scorings before the limit.
     seconds = SimpleNamespace(perf_counter=lambda: float(next(clock)))
-    monkeypatch.setattr(early_stopping, "time", seconds)
+    for module in (early_stopping, judging):
+        monkeypatch.setattr(module, "time", seconds)
     chosen(few, start, other, seconds=8.5)
     assert [step for step, _ in seen] == [0.0, 1.0, 0.8, 0.6]
 
@@ -319,14 +321,14 @@ def test_no_point_on_the_way_once_the_time_is_over(monkeypatch):
 def test_an_interrupt_between_rounds_keeps_the_best(monkeypatch):
     few, other, _, start = few_and_others()
     seen = with_errors(monkeypatch, [0.9])
-    look = early_stopping._Judge.look
+    look = Judge.look
 
     def interrupted(self, weights, step, point=None, objective=None):
         if step == 0.8:
             raise KeyboardInterrupt
         return look(self, weights, step, point, objective)
 
-    monkeypatch.setattr(early_stopping._Judge, "look", interrupted)
+    monkeypatch.setattr(Judge, "look", interrupted)
     result = fit_validated(few, other, MODEL, init=start)
     assert result.status is Status.INTERRUPTED
     assert "validation error 0.9000" in result.notes[0]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import attnreg
-from attnreg.early_stopping import ENOUGH
+from attnreg.judging import ENOUGH
 from attnreg.result import relative_error
 from attnreg.transformers.layer_fit import fit_layer, sample
 from attnreg.transformers.starts import best_start

@@ -192,13 +192,10 @@ class Pooled:
         width, with_constant = self.objective.layout.features, self.objective.layout.readout_bias
         mean = float(self._gram.diagonal()[:width].mean())
         sums, total = self._gram[:width, width:], self._gram[width:, width:]
-        right = self._right[:width]
-        if with_constant:
-            right = right - sums @ (self._right[width:] / total)
-        values, vectors = self._centred
-        turned, pull = vectors.mT @ right, vectors.mT @ center[:width].double()
-        cost, operations = product(width, width, right.shape[1]), self.objective.operations
-        operations.small += 2 * cost
+        values, vectors, turned = self._centred
+        pull = vectors.mT @ center[:width].double()
+        cost, operations = product(width, width, pull.shape[1]), self.objective.operations
+        operations.small += cost
         for share in shares:
             strength = share * mean
             scale = values + strength
@@ -211,14 +208,21 @@ class Pooled:
             yield readout.to(self.theta.dtype)
 
     @cached_property
-    def _centred(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues, none below 0, and eigenvectors of the centred features' ``F^T W F``."""
+    def _centred(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``lambda``, ``Q`` and ``Q^T F^T W B`` of the centred features, ``lambda`` not below 0."""
         width = self.objective.layout.features
-        gram, sums = self._gram[:width, :width], self._gram[:width, width:]
+        gram, right, sums = (
+            self._gram[:width, :width],
+            self._right[:width],
+            self._gram[:width, width:],
+        )
         if self.objective.layout.readout_bias:
-            gram = gram - sums @ (sums.mT / self._gram[width:, width:])
+            sums, total = self._gram[:width, width:], self._gram[width:, width:]
+            gram = gram - sums @ (sums.mT / total)
+            right = right - sums @ (self._right[width:] / total)
         values, vectors = torch.linalg.eigh(gram)
-        return values.clamp_min(0.0), vectors
+        self.objective.operations.small += product(width, width, right.shape[1])
+        return values.clamp_min(0.0), vectors, vectors.mT @ right
 
     @property
     def regularised(self) -> float:

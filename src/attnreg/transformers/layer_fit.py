@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnreg.early_stopping import Bounds, held_out_fit, scarce
+from attnreg.early_stopping import Bounds, held_out_fit
+from attnreg.judging import scarce
 from attnreg.models import MultiHead
 from attnreg.objective import Objective
 from attnreg.problem import AttentionProblem
