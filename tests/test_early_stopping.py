@@ -309,12 +309,12 @@ def test_no_point_on_the_way_once_the_time_is_over(monkeypatch):
     few, other, _, start = few_and_others()
     seen = with_errors(monkeypatch, [0.9, 0.8], {0.8: 0.7, 0.6: 0.6, 0.4: 0.5})
     clock = itertools.count()
-    # Every look at the clock is a second later: began 0, scored 1, around the round 2, 3 and 4,
-    # then one for each point, until two scorings before the limit.
+    # Every look at the clock is a second later: began 0, the start scored from 1 to 2, around the
+    # round 3, 4 and 5, then one for each point, until two scorings before the limit.
     seconds = SimpleNamespace(perf_counter=lambda: float(next(clock)))
     for module in (early_stopping, judging):
         monkeypatch.setattr(module, "time", seconds)
-    chosen(few, start, other, seconds=8.5)
+    chosen(few, start, other, seconds=9.5)
     assert [step for step, _ in seen] == [0.0, 1.0, 0.8, 0.6]
 
 

@@ -211,16 +211,17 @@ def held_out_fit(
     """
     began = time.perf_counter()
     judge = Judge(objective, Objective(validation, objective.model), stored, start)
+    entered = time.perf_counter()
     at_start = judge.look(start, 0.0)
+    scoring = time.perf_counter() - entered
     best = lowest(at_start)
     if not math.isfinite(best.error):
         raise ValueError(
             "the validation error of the start is not finite: weights or inputs overflow; use "
             "float32 or bfloat16, or scale the inputs"
         )
-    # After a round its end is judged, and a point on the way back; one more for the result.
-    scoring = time.perf_counter() - began
-    available = (math.inf if bounds.seconds is None else bounds.seconds) - 3 * scoring
+    # After a round its end is judged, and two points on the way back; one more for the result.
+    available = (math.inf if bounds.seconds is None else bounds.seconds) - 4 * scoring
     records: list[IterationRecord] = []
     generator = torch.Generator().manual_seed(seed)
     point = judge.ridged(at_start[-1]) or sampled(objective, judge.theta)
@@ -255,7 +256,7 @@ def held_out_fit(
                 break
             if not judge.few:
                 break
-            nearer = judge.way_back(end, began + available + scoring)
+            nearer = judge.way_back(end, began + available + 2 * scoring)
             best = min(best, nearer, key=error_of)
             too_far = nearer.error < end.error
             if too_far or not (first or better) or outcome.status is not Status.MAX_ITERATIONS:
