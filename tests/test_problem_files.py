@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from attnreg.arrays import join
 from attnreg.problem import AttentionProblem
 from attnreg.storage import read_tensors, write_tensors
 from tests.problems import (
@@ -61,6 +62,28 @@ def test_digest_ignores_how_the_same_was_said():
     mask = visible(5, 5)
     assert single(weights=ones, center={}).digest() == single().digest()
     assert batch(mask=mask).digest() == batch(mask=mask, weights=ones.expand(4, 5)).digest()
+
+
+@pytest.mark.parametrize(
+    ("pick", "copied"),
+    [
+        (lambda a: a.unbind(0), False),
+        (lambda a: a[1:].unbind(0), False),
+        (lambda a: [a[2], a[1], a[0]], True),
+        (lambda a: [a[0], a[2]], True),
+        (lambda a: [a[1], a[1]], True),
+        (lambda a: [a[0], a[1].clone()], True),
+        (lambda a: a[:, :3].unbind(0), True),
+        (lambda a: a.mT.unbind(0), True),
+    ],
+    ids=["all", "last", "backwards", "gap", "twice", "elsewhere", "rows", "turned"],
+)
+def test_a_batch_is_copied_only_where_it_has_to_be(pick, copied):
+    tensor = normal(4, 5, 3)
+    sequences = list(pick(tensor))
+    joined = join("batch", sequences)
+    assert torch.equal(joined, torch.stack(sequences))
+    assert (joined.data_ptr() != sequences[0].data_ptr()) == copied
 
 
 def test_save_and_load_keep_everything(problem, tmp_path):

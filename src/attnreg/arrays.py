@@ -172,13 +172,25 @@ def join(structure: Structure, sequences: list[Tensor]) -> Tensor | list[Tensor]
 
     Returns:
         The only sequence, the stacked sequences, or the list. Several sequences of ``"single"``
-        structure make a batch.
+        structure make a batch. Memory may be shared: what lies side by side is not copied.
     """
     if structure == "list":
         return sequences
     if structure == "single" and len(sequences) == 1:
         return sequences[0]
-    return torch.stack(sequences)
+    return _side_by_side(sequences)
+
+
+def _side_by_side(sequences: list[Tensor]) -> Tensor:
+    """``torch.stack``, without a copy where the sequences follow each other in memory."""
+    first = sequences[0]
+    memory, offset, size = first.untyped_storage().data_ptr(), first.storage_offset(), first.numel()
+    for i, tensor in enumerate(sequences):
+        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset())
+        alike = tensor.is_contiguous() and tensor.shape == first.shape
+        if not alike or place != (memory, offset + i * size):
+            return torch.stack(sequences)
+    return first.as_strided((len(sequences), *first.shape), (size, *first.stride()))
 
 
 def as_number(name: str, value: object, *, positive: bool = False) -> float:
