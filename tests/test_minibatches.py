@@ -65,6 +65,7 @@ def test_a_ridge_on_features_of_zero_leaves_the_constant():
     point = Pooled(Objective(problem, MODEL), cut(problem.batches), theta)
     (found,) = point.ridged_readouts([0.1], readout)
     assert not found[:-1].any()
+    # A weighted mean of the targets, by a division here and a scaled inverse there.
     torch.testing.assert_close(found, point.readout, rtol=1e-12, atol=1e-14)
 
 
@@ -114,6 +115,7 @@ def test_a_sampled_gradient_is_that_of_its_sequences(monkeypatch):
     share = float((objective.weights[:, 0] * inside).sum()) / problem.total_weight
     width = objective.layout.features
     expected = 2 * features.vjp(residual @ pooled.readout[:width].mT) / share
+    # The same sums in another order; the residual is a difference of like numbers.
     torch.testing.assert_close(pooled.gradient, expected, rtol=1e-10, atol=1e-12)
 
 

@@ -86,6 +86,12 @@ def test_a_batch_is_copied_only_where_it_has_to_be(pick, copied):
     assert (joined.data_ptr() != sequences[0].data_ptr()) == copied
 
 
+def test_neighbours_of_different_shapes_are_no_batch():
+    flat = normal(24)
+    with pytest.raises(RuntimeError, match="equal size"):
+        join("batch", [flat[:12].view(3, 4), flat[12:].view(4, 3)])
+
+
 def test_save_and_load_keep_everything(problem, tmp_path):
     path = tmp_path / "problem.safetensors"
     problem.save(path)

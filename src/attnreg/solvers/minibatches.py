@@ -211,11 +211,7 @@ class Pooled:
     def _centred(self) -> tuple[Tensor, Tensor, Tensor]:
         """``lambda``, ``Q`` and ``Q^T F^T W B`` of the centred features, ``lambda`` not below 0."""
         width = self.objective.layout.features
-        gram, right, sums = (
-            self._gram[:width, :width],
-            self._right[:width],
-            self._gram[:width, width:],
-        )
+        gram, right = self._gram[:width, :width], self._right[:width]
         if self.objective.layout.readout_bias:
             sums, total = self._gram[:width, width:], self._gram[width:, width:]
             gram = gram - sums @ (sums.mT / total)
