@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -135,11 +137,23 @@ def fit_layer(
 
 
 def sample(problem: AttentionProblem, rows: int) -> AttentionProblem:
-    """Sequences spread over the problem with about so many rows in all; all if there are fewer."""
+    """Sequences spread over the problem: one of each of equal parts, at random.
+
+    Equal steps would miss every other text where two take turns.
+
+    Args:
+        problem: The problem.
+        rows: Of the sequences in all, about.
+
+    Returns:
+        The problem of these sequences, always the same; the given one if it has no more rows.
+    """
     if problem.n_rows <= rows:
         return problem
     count = max(1, round(problem.n_sequences * rows / problem.n_rows))
-    return problem.subset(i * problem.n_sequences // count for i in range(count))
+    bounds = [i * problem.n_sequences // count for i in range(count + 1)]
+    generator = random.Random(0)
+    return problem.subset(generator.randrange(*part) for part in itertools.pairwise(bounds))
 
 
 def _rounded(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
