@@ -133,6 +133,29 @@ def test_ridges_towards_a_centre(model):
     assert relative(again.output(held), again.output(center)) < 1e-6
 
 
+def test_a_newton_step_that_fails_at_the_level_of_rounding_is_not_the_end(monkeypatch):
+    # Rounding can show a negative curvature where the Hessian has nearly none. Newton steps begin
+    # at that level here, and lead away from the minimum; damped Gauss-Newton steps get nearer.
+    solve, failed = trust_region.TrustRegion._solve, []
+
+    def late(self):
+        self._newton = self._norm < 1e-10 and self._run.iteration >= self._newton_from
+
+    def away(self, shift):
+        found = solve(self, shift)
+        if not self._newton:
+            return found
+        failed.append(self._norm)
+        return dataclasses.replace(found, direction=-found.direction)
+
+    monkeypatch.setattr(trust_region.TrustRegion, "_choose_curvature", late)
+    monkeypatch.setattr(trust_region.TrustRegion, "_solve", away)
+    case, parameters = planted(GROUPED, 0.1, 0)
+    result = fit(case.problem(), GROUPED, init=moved(parameters, 0.1, 1), tol=1e-11)
+    assert failed
+    assert result.status is Status.CONVERGED
+
+
 def test_float32_finds_the_minimum_of_float64():
     exact = fit(NOISY)
     result = fit(NOISY.to(torch.float32), tol=1e-6)

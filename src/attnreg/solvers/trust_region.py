@@ -285,14 +285,14 @@ class TrustRegion:
         return True, False
 
     def _polish(self, trial: Point, change: float, rounding: float) -> tuple[bool, bool]:
-        """At the level of rounding the gradient judges."""
-        if not change <= rounding:
-            return False, True
-        if not relative_gradient_norm(trial) < self._norm:
-            return False, True
+        """At the level of rounding the gradient judges; both curvatures have to fail at a point."""
         self._gain = 0.0
-        self._move(trial)
-        return True, False
+        if change <= rounding and relative_gradient_norm(trial) < self._norm:
+            self._move(trial)
+            return True, False
+        self._failed.add(self._newton)
+        self._newton_from = self._run.iteration
+        return False, len(self._failed) == 2
 
     # ------------------------------------------------------------------ pieces
 
@@ -325,6 +325,7 @@ class TrustRegion:
 
     def _move(self, point: Point) -> None:
         self._point, self._dense = point, None
+        self._failed: set[bool] = set()  # curvatures whose step at this point polishes nothing
         self._estimated += 1
         self._norm = relative_gradient_norm(point)
 
