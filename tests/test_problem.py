@@ -198,6 +198,14 @@ def test_grams_are_sums_over_the_sequences():
     }
     for name, gram in expected.items():
         torch.testing.assert_close(getattr(problem, name), gram, rtol=1e-13, atol=1e-13)
+    means = {
+        "query": sum((w[:, None] * a**2).sum() for w, a in zip(weights, queries, strict=True))
+        / (3 * sum(w.sum() for w in weights)),
+        "key": torch.cat(keys).square().mean(),
+        "value": torch.cat(values).square().mean(),
+    }
+    for name, mean in means.items():
+        assert problem.input_sizes[name] == pytest.approx(float(mean) ** 0.5, rel=1e-13)
 
 
 def test_grams_of_float32_are_accumulated_in_float64():

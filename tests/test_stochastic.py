@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnreg
 from attnreg.objective import Objective, Point
@@ -301,3 +302,28 @@ def test_auto_takes_curvature_where_data_are_scarce_or_the_model_bilinear():
         attnreg.AttentionProblem(inputs, inputs), solver="auto", max_iterations=2
     )
     assert bilinear.solver == "trust-region"
+
+
+class _NumbersRead(TorchDispatchMode):
+    """Counts what is read back as a Python number: on a GPU each waits for all work before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize("start_is", ["planted", "zero"])
+def test_a_step_reads_one_number_back(start_is):
+    problem, start = planted()
+    if start_is == "zero":
+        start = {name: torch.zeros_like(value) for name, value in start.items()}
+    run = loop(problem, start, iterations=2)
+    for batch in run._scaled:
+        with _NumbersRead() as read:
+            run._step(batch)
+        assert read.count == 1  # the loss: without it the clock would run ahead of the work

@@ -253,6 +253,23 @@ class AttentionProblem:
         return self._key_moments[0]
 
     @cached_property
+    def input_sizes(self) -> dict[str, float]:
+        """Root mean squares of A1 (weighted), A2 and A3: ``"query"``, ``"key"``, ``"value"``.
+
+        Kept as numbers: a mini-batch that asked a device for one would wait for its answer.
+        """
+        keys = sum(keys for _, keys in self.lengths)
+        moments = {
+            "query": (self.gram_query, self.total_weight),
+            "key": (self.gram_key, keys),
+            "value": (self.gram_value, keys),
+        }
+        return {
+            name: (float(moment.trace()) / rows / len(moment)) ** 0.5
+            for name, (moment, rows) in moments.items()
+        }
+
+    @cached_property
     def _key_moments(self) -> tuple[Tensor, Tensor, Tensor]:
         return grams_about_means(self._sequences.A2)
 

@@ -17,8 +17,7 @@ PROJECTIONS = {"query": "Q", "key": "K", "value": "V"}
 
 def constant_input(problem: AttentionProblem, name: str) -> float:
     """Root mean square of the inputs of a projection; 1 where that is 0."""
-    gram, _, rows, width = _moments(problem, name)
-    return (float(gram.trace()) / rows / width) ** 0.5 or 1.0
+    return problem.input_sizes[name] or 1.0
 
 
 def input_gram(problem: AttentionProblem, name: str, *, constant: bool, centred: bool) -> Tensor:
@@ -33,7 +32,7 @@ def input_gram(problem: AttentionProblem, name: str, *, constant: bool, centred:
     Returns:
         ``(width [+ 1], width [+ 1])``, over all rows, those of the queries weighted.
     """
-    gram, total, rows, _ = _moments(problem, name)
+    gram, total, rows = _moments(problem, name)
     if centred:
         gram = problem.gram_key_centered
     if not constant:
@@ -73,10 +72,10 @@ def key_rows(problem: AttentionProblem) -> int:
     return sum(keys for _, keys in problem.lengths)
 
 
-def _moments(problem: AttentionProblem, name: str) -> tuple[Tensor, Tensor, float, int]:
-    """Gram matrix, sum and number (or weight) of the rows of an input, and its width."""
+def _moments(problem: AttentionProblem, name: str) -> tuple[Tensor, Tensor, float]:
+    """Gram matrix, sum and number (or weight) of the rows of an input."""
     if name == "query":
-        return problem.gram_query, problem.sum_query, problem.total_weight, problem.d_query
+        return problem.gram_query, problem.sum_query, problem.total_weight
     if name == "key":
-        return problem.gram_key, problem.sum_key, key_rows(problem), problem.d_key
-    return problem.gram_value, problem.sum_value, key_rows(problem), problem.d_value
+        return problem.gram_key, problem.sum_key, key_rows(problem)
+    return problem.gram_value, problem.sum_value, key_rows(problem)

@@ -41,7 +41,8 @@ class RunningReadout:
         k = readout.shape[0]
         self._gram = readout.new_zeros(k, k)
         self._right = torch.zeros_like(readout)
-        self._rows, self._weight, self._added = 0.0, 0.0, 0
+        self._rows, self._added = 0.0, 0
+        self._weight = torch.zeros((), dtype=torch.float64, device=readout.device)
 
     def add(self, columns: Tensor, batch: Batch, rate: float) -> None:
         """Takes a mini-batch in, and solves anew every few steps once the window is half full.
@@ -59,7 +60,7 @@ class RunningReadout:
         self._gram.mul_(keep).addmm_(weighted.mT, columns)
         self._right.mul_(keep).addmm_(weighted.mT, targets)
         self._rows = keep * self._rows + rows
-        self._weight = keep * self._weight + float(weights.sum(dtype=torch.float64))
+        self._weight = keep * self._weight + weights.sum(dtype=torch.float64)
         self._objective.operations.projections += product(rows, k, k + targets.shape[1])
         if self._added % EVERY == 0 and 2 * self._rows >= window:
             self._solve(DAMPING * rate)
@@ -68,13 +69,14 @@ class RunningReadout:
     def _solve(self, damping: float) -> None:
         gram, right, ridge = self._gram.clone(), self._right, self._objective.ridge
         width = self._objective.layout.features
-        shift = damping * float(gram.diagonal()[:width].mean())
+        shift = damping * gram.diagonal()[:width].mean()
         if ridge is not None:
             share = self._weight / self._objective.problem.total_weight
-            gram.add_(ridge.readout.to(gram.dtype), alpha=share)
-            right = right.add(ridge.readout_right.to(gram.dtype), alpha=share)
+            gram += (share * ridge.readout).to(gram.dtype)
+            right = right + (share * ridge.readout_right).to(gram.dtype)
         gram.diagonal()[:width] += shift
         factor, info = torch.linalg.cholesky_ex(gram)
-        if int(info) == 0:  # not where all features are zero: the readout is as good as any
-            self.value.copy_(torch.cholesky_solve(right, factor))
+        # Not positive definite where all features are zero: the readout is as good as any.
+        solved = torch.cholesky_solve(right, factor)
+        self.value.copy_(torch.where(info == 0, solved, self.value))
         self._objective.operations.small += product(len(gram), len(gram), right.shape[1])

@@ -123,7 +123,9 @@ class Stochastic:
         starts = split_blocks(self._start.theta, blocks)
         slower = NEAR if near and objective.layout.values_move else 1.0
         self._rates = [
-            RATE * (1.0 if block.name == "value" else slower) * (_size(w) or w.shape[0] ** -0.5)
+            RATE
+            * (1.0 if block.name == "value" else slower)
+            * (float(_size(w)) or w.shape[0] ** -0.5)
             for block, w in zip(self._fitted, starts, strict=False)
         ]
         self._steps, self._rows, self._began = 0, 0, time.perf_counter()
@@ -224,8 +226,7 @@ class Stochastic:
         self._readout.add(features.columns, batch, factor)
         readout = self._readout.value
         gradient, loss = partial_gradient(objective, batch, features, readout)
-        share = float(batch.weights.sum()) / objective.problem.total_weight
-        self._add_ridge(gradient, share)
+        self._add_ridge(gradient, batch)
         if math.isfinite(loss):
             self._move(gradient, factor)
         self._rows += batch.weights.numel()
@@ -241,8 +242,8 @@ class Stochastic:
         for i, block in enumerate(self._fitted):
             step = polar_factors(directions[i], block.heads)
             size = _size(self._scales[i] * step)
-            if size > 0.0:
-                weights[i].sub_(step, alpha=factor * self._rates[i] / size)
+            length = torch.where(size > 0.0, factor * self._rates[i] / size, 0.0)
+            weights[i].addcmul_(step, length.to(step.dtype), value=-1.0)
 
     def _factor(self) -> float:
         """Of the rate: warm-up, then a line to zero at the nearer bound."""
@@ -256,10 +257,11 @@ class Stochastic:
         """Until the end has to begin."""
         return self._run.seconds_left() - self._reserve
 
-    def _add_ridge(self, gradient: Tensor, share: float) -> None:
+    def _add_ridge(self, gradient: Tensor, batch: Batch) -> None:
         ridge = self._objective.ridge
         if ridge is None or not ridge.right:
             return
+        share = float(batch.weights.sum()) / self._objective.problem.total_weight
         pull = torch.zeros_like(gradient)
         self._objective.add_ridge_gradient(self._inputs.leave(self._theta) - ridge.center, pull)
         gradient.add_(self._inputs.pulled(pull), alpha=share)
@@ -277,6 +279,6 @@ class Stochastic:
         )
 
 
-def _size(matrix: Tensor) -> float:
-    """Root mean square."""
-    return float(matrix.double().square().mean().sqrt())
+def _size(matrix: Tensor) -> Tensor:
+    """Root mean square, a float64 scalar that is left on the device."""
+    return matrix.double().square().mean().sqrt()
