@@ -73,7 +73,7 @@ bench-all: $(INSTALLED_BENCH)  ## every other benchmark too, JSON in benchmarks/
 bench-gpu: $(INSTALLED_BENCH)  ## on a CUDA device: rates, and the large layers, in float32, tf32 and bf16
 	@$(BIN)/python -m benchmarks.roofline --device cuda
 	@for precision in float32 tf32 bf16; do \
-		$(BIN)/python -m benchmarks.large_layers --tier large --device cuda --precision $$precision || exit 1; \
+		$(BIN)/python -m benchmarks.large_layers --tier gpu --device cuda --precision $$precision || exit 1; \
 	done
 
 clean:  ## remove the virtual environment, caches and the demo's output

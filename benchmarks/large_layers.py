@@ -13,9 +13,10 @@ solved in closed form on the calibration data, also off the clock: the better by
 attnreg is fitted anew for each of these fractions, since it is told its time beforehand; its
 readouts are on the clock, and its seconds are those that it took. Tier large has one more fit of
 attnreg, given three times the time: no row, but what is left to gain at the end of the others.
+Tier gpu has the data of large in a twentieth of its time, and repeats.
 
     python -m benchmarks.large_layers --tier large
-    python -m benchmarks.large_layers --tier large --device cuda --precision tf32
+    python -m benchmarks.large_layers --tier gpu --device cuda --precision tf32
 
 Rows in the results file that were made with the same settings on the same machine are kept: an
 interrupted run goes on with the same command, and runs with different `--layers` or `--only` side
@@ -79,6 +80,7 @@ TIERS = {
     "quick": Tier((3,), 32, 16, 2.0, 0.25, 1, 1),
     "bench": Tier((3,), 256, 64, 12.0, 0.15, 1, 3),
     "large": Tier((0, 3, 5), 1088, 128, 120.0, 0.1, 4, 3),
+    "gpu": Tier((0, 3, 5), 1088, 128, 6.0, 0.1, 2, 3),
 }
 
 
@@ -321,10 +323,10 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = command_line("large_layers", __doc__, quick="the same as --tier quick")
     parser.add_argument("--tier", choices=tuple(TIERS), default="bench")
-    parser.add_argument("--layers", nargs="+", type=int, help="3; 0 3 5 in tier large")
-    parser.add_argument("--sequences", type=int, help="fitted (32, 256 or 1088)")
-    parser.add_argument("--scored", type=int, help="to validate on, and held out (16, 64 or 128)")
-    parser.add_argument("--seconds", type=float, help="of a row (2, 12 or 120)")
+    parser.add_argument("--layers", nargs="+", type=int, help="3; 0 3 5 in tiers large and gpu")
+    parser.add_argument("--sequences", type=int, help="fitted (32, 256, 1088, 1088)")
+    parser.add_argument("--scored", type=int, help="to validate on, and held out (16, 64, 128, 128)")
+    parser.add_argument("--seconds", type=float, help="of a row (2, 12, 120 or 6)")
     parser.add_argument("--minutes", type=float, help="no layer is begun after that")
     parser.add_argument("--only", help="only peers whose name contains this")
     parser.add_argument("--fresh", action="store_true", help="keep nothing of the results file")
