@@ -16,6 +16,7 @@ from torch import Tensor
 from attnreg.arrays import Structure, join
 from attnreg.batching import Sequences
 from attnreg.masks import causal_argument
+from attnreg.moments import all_ones
 
 _CENTER = "center."  # prefix of the centres' names in a file
 _INPUTS = ("A1", "B", "A2", "A3", "mask", "weights")
@@ -37,14 +38,13 @@ def as_arguments(structure: Structure, sequences: Sequences) -> dict[str, Any]:
     a1 = join(structure, s.A1)
     a2 = a1 if s.A2 is s.A1 else join(structure, s.A2)
     a3 = a1 if s.A3 is s.A1 else a2 if s.A3 is s.A2 else join(structure, s.A3)
-    weighted = any(bool((w != 1).any()) for w in s.weights)
     return {
         "A1": a1,
         "B": join(structure, s.B),
         "A2": a2,
         "A3": a3,
         "mask": as_mask_argument(structure, s),
-        "weights": join(structure, s.weights) if weighted else None,
+        "weights": None if all_ones(s.weights) else join(structure, s.weights),
     }
 
 

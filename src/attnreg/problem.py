@@ -31,7 +31,7 @@ from torch import Tensor
 from attnreg.arrays import Array, Arrays, Structure, as_number, dtype_name, join
 from attnreg.batching import Batch, Sequences, make_batches
 from attnreg.masks import Mask
-from attnreg.moments import gram, grams_about_means, spread_and_size, sum_of_rows
+from attnreg.moments import all_ones, gram, grams_about_means, spread_and_size, sum_of_rows
 from attnreg.packing import as_arguments, as_mask_argument, pack, unpack
 from attnreg.storage import content_digest, read_tensors, write_tensors
 from attnreg.validation import as_center, as_device, as_problem_sequences
@@ -278,12 +278,12 @@ class AttentionProblem:
         """Whether A1 is A2 and its rows have weight 1."""
         if self._sequences.A1 is not self._sequences.A2:
             return False
-        return all(bool((weights == 1).all()) for weights in self._sequences.weights)
+        return all_ones(self._sequences.weights)
 
     @cached_property
     def total_weight(self) -> float:
         """Sum of the weights of all rows of B, in float64."""
-        return sum(float(weights.double().sum()) for weights in self._sequences.weights)
+        return float(sum(weights.double().sum() for weights in self._sequences.weights))
 
     # -- errors
 

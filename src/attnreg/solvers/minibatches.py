@@ -127,19 +127,19 @@ class Pooled:
         k = objective.layout.features + int(objective.layout.readout_bias)
         out = objective.problem.d_out
         both = torch.zeros(k, k + out, dtype=torch.float64, device=theta.device)
-        square = 0.0
+        square = both.new_zeros(())
         for batch in batches:
             columns = features_of(objective, batch, theta, products=False).columns
             rows = torch.cat([columns.double(), batch.B.flatten(0, 1).double()], dim=1)
             left, targets = rows[:, :k], rows[:, k:]
             weighted = left if objective.weights is None else left * batch.weights.reshape(-1, 1)
             both.addmm_(weighted.mT, rows)
-            square += float(targets.square().sum(1) @ batch.weights.double().flatten())
+            square += targets.square().sum(1) @ batch.weights.double().flatten()
             objective.operations.projections += product(len(rows), k, k + out)
         objective.count_passes(1)
         scale = self._scale(batches)
         self._gram, self._right = (both * scale).split([k, out], dim=1)
-        self._square = square * scale
+        self._square = float(square) * scale
         self._settle()
         self.seconds = time.perf_counter() - began
 
@@ -240,8 +240,8 @@ class Pooled:
         return gradient
 
     def _scale(self, batches: Sequence[Batch]) -> float:
-        weight = sum(float(batch.weights.sum(dtype=torch.float64)) for batch in batches)
-        return self.objective.problem.total_weight / weight
+        weight = sum(batch.weights.sum(dtype=torch.float64) for batch in batches)
+        return self.objective.problem.total_weight / float(weight)
 
     def _settle(self) -> None:
         """The readout under the objective's ridge, and what the objective is there."""
