@@ -32,7 +32,7 @@ def any_problem(request):
 def test_sizes_and_defaults():
     problem = cross()
     assert (problem.d_query, problem.d_key, problem.d_value, problem.d_out) == (3, 4, 1, 2)
-    assert (problem.n_sequences, problem.n_rows) == (3, 12)
+    assert (problem.n_sequences, problem.n_rows, problem.n_keys) == (3, 12, 14)
     assert problem.lengths == ((5, 4), (2, 6), (5, 4))
     assert (problem.scale, problem.ridge_x, problem.ridge_y) == (None, 0.0, 0.0)
     assert dict(problem.center) == {}

@@ -305,7 +305,10 @@ def test_auto_takes_curvature_where_data_are_scarce_or_the_model_bilinear():
 
 
 class _NumbersRead(TorchDispatchMode):
-    """Counts what is read back as a Python number: on a GPU each waits for all work before it."""
+    """Counts what is read back as a Python number: on a GPU each waits for all work before it.
+
+    What a decomposition checks inside does not count.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -49,6 +49,11 @@ class Sequences:
         """Numbers of queries and keys of each sequence."""
         return tuple((len(a1), len(a2)) for a1, a2 in zip(self.A1, self.A2, strict=True))
 
+    @property
+    def weighted(self) -> bool:
+        """Whether a weight is not 1."""
+        return bool(torch.stack([(weights != 1).any() for weights in self.weights]).any())
+
     def take(self, indices: Sequence[int]) -> Sequences:
         """Some of the sequences.
 

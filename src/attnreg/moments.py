@@ -104,8 +104,3 @@ def spread_and_size(targets: Sequence[Tensor], weights: Sequence[Tensor]) -> tup
     spread = sum(w.double() @ (b.double() - origin - mean).square().sum(1) for b, w in pairs)
     size = sum(w.double() @ b.double().square().sum(1) for b, w in pairs)
     return float(spread), float(size)
-
-
-def all_ones(weights: Sequence[Tensor]) -> bool:
-    """Whether all weights of all sequences are 1."""
-    return bool(torch.stack([(w == 1).all() for w in weights]).all())

@@ -16,7 +16,6 @@ from torch import Tensor
 from attnreg.arrays import Structure, join
 from attnreg.batching import Sequences
 from attnreg.masks import causal_argument
-from attnreg.moments import all_ones
 
 _CENTER = "center."  # prefix of the centres' names in a file
 _INPUTS = ("A1", "B", "A2", "A3", "mask", "weights")
@@ -44,7 +43,7 @@ def as_arguments(structure: Structure, sequences: Sequences) -> dict[str, Any]:
         "A2": a2,
         "A3": a3,
         "mask": as_mask_argument(structure, s),
-        "weights": None if all_ones(s.weights) else join(structure, s.weights),
+        "weights": join(structure, s.weights) if s.weighted else None,
     }
 
 

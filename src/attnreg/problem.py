@@ -31,7 +31,7 @@ from torch import Tensor
 from attnreg.arrays import Array, Arrays, Structure, as_number, dtype_name, join
 from attnreg.batching import Batch, Sequences, make_batches
 from attnreg.masks import Mask
-from attnreg.moments import all_ones, gram, grams_about_means, spread_and_size, sum_of_rows
+from attnreg.moments import gram, grams_about_means, spread_and_size, sum_of_rows
 from attnreg.packing import as_arguments, as_mask_argument, pack, unpack
 from attnreg.storage import content_digest, read_tensors, write_tensors
 from attnreg.validation import as_center, as_device, as_problem_sequences
@@ -194,6 +194,11 @@ class AttentionProblem:
         return sum(queries for queries, _ in self.lengths)
 
     @property
+    def n_keys(self) -> int:
+        """Number of rows of A2 over all sequences."""
+        return sum(keys for _, keys in self.lengths)
+
+    @property
     def mask(self) -> Mask | None:
         """The mask as the constructor takes it, additive where it is not only ``"causal"``."""
         return as_mask_argument(self.structure, self._sequences)
@@ -258,11 +263,10 @@ class AttentionProblem:
 
         Kept as numbers: a mini-batch that asked a device for one would wait for its answer.
         """
-        keys = sum(keys for _, keys in self.lengths)
         moments = {
             "query": (self.gram_query, self.total_weight),
-            "key": (self.gram_key, keys),
-            "value": (self.gram_value, keys),
+            "key": (self.gram_key, self.n_keys),
+            "value": (self.gram_value, self.n_keys),
         }
         return {
             name: (float(moment.trace()) / rows / len(moment)) ** 0.5
@@ -276,9 +280,7 @@ class AttentionProblem:
     @cached_property
     def _queries_are_keys(self) -> bool:
         """Whether A1 is A2 and its rows have weight 1."""
-        if self._sequences.A1 is not self._sequences.A2:
-            return False
-        return all_ones(self._sequences.weights)
+        return self._sequences.A1 is self._sequences.A2 and not self._sequences.weighted
 
     @cached_property
     def total_weight(self) -> float:

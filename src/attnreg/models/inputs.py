@@ -67,15 +67,10 @@ def add_transpose(
     out.addmm_(inputs.flatten(0, 1).mT, gradient, alpha=scale)
 
 
-def key_rows(problem: AttentionProblem) -> int:
-    """Number of keys over all sequences."""
-    return sum(keys for _, keys in problem.lengths)
-
-
 def _moments(problem: AttentionProblem, name: str) -> tuple[Tensor, Tensor, float]:
     """Gram matrix, sum and number (or weight) of the rows of an input."""
     if name == "query":
         return problem.gram_query, problem.sum_query, problem.total_weight
     if name == "key":
-        return problem.gram_key, problem.sum_key, key_rows(problem)
-    return problem.gram_value, problem.sum_value, key_rows(problem)
+        return problem.gram_key, problem.sum_key, problem.n_keys
+    return problem.gram_value, problem.sum_value, problem.n_keys

@@ -19,7 +19,6 @@ from attnreg.models.inputs import (
     affine,
     constant_input,
     input_gram,
-    key_rows,
 )
 from attnreg.models.rotary import Rotary, rotation
 from attnreg.models.sizes import norm_factors, shaped_sizes
@@ -275,7 +274,7 @@ class MultiHead(Model):
         Returns:
             One matrix for each block.
         """
-        keys = key_rows(problem)
+        keys = problem.n_keys
         scale = self.logit_scale(problem)
         query = self._gram(problem, "query") * (scale**2 / problem.total_weight)
         moments = (query, self._gram(problem, "key") / keys, self._gram(problem, "value") / keys)
@@ -315,7 +314,7 @@ class MultiHead(Model):
         out = readout[: layout.features].double()
         out = out.unflatten(0, (layout.groups, layout.repeats, layout.value_width))
         out_size = torch.einsum("grvo,grwo->gvw", out, out)
-        keys = key_rows(problem)
+        keys = problem.n_keys
         return (
             problem.total_weight * key_size,
             keys * self.logit_scale(problem) ** 2 * query_size,
@@ -390,7 +389,7 @@ class MultiHead(Model):
             return None
         return (
             norm_factors(queries, problem.total_weight, gains[0][0], self.norm_eps),
-            norm_factors(keys, key_rows(problem), gains[1][0], self.norm_eps),
+            norm_factors(keys, problem.n_keys, gains[1][0], self.norm_eps),
         )
 
     def _widths(self, problem: AttentionProblem) -> tuple[int, int]:

@@ -119,8 +119,7 @@ class _Race:
         self._generator, self._device = generator, theta.device
         self.rows = 0
         self._scale, unit = model.logit_scale(problem), model.logit_size(problem)
-        keys = sum(m for _, m in problem.lengths)
-        value_size = (float(problem.gram_value.trace()) / keys) ** 0.5
+        value_size = (float(problem.gram_value.trace()) / problem.n_keys) ** 0.5
         target_size = (objective.target_norm_squared / problem.total_weight / problem.d_out) ** 0.5
         widths = (problem.d_query, problem.d_key, problem.d_value)
         self._bases = [torch.linalg.qr(self._normal(d, d)).Q for d in widths]
