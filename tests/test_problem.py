@@ -359,6 +359,34 @@ def test_subset_and_replace_hold_copies():
     assert torch.equal(problem.batches[0].A1, normal(4, 5, 3))
 
 
+def test_projected_has_other_inputs_and_all_else():
+    weights = [positive(n, seed=n) for n in (5, 2, 5)]
+    masks = [visible(n, m, seed=n) for n, m in ((5, 4), (2, 6), (5, 4))]
+    given = cross(weights=weights, mask=masks, **SETTINGS)
+    matrices = normal(3, 2, seed=5), normal(4, 3, seed=6), normal(1, 1, seed=7)
+    found = given.projected(*matrices)
+    for name, matrix in zip(("A1", "A2", "A3"), matrices, strict=True):
+        for new, old in zip(found.batches, given.batches, strict=True):
+            torch.testing.assert_close(getattr(new, name), getattr(old, name) @ matrix)
+    assert found.center is None or not found.center
+    back = found.projected(*(torch.linalg.pinv(matrix) for matrix in matrices))
+    for new, old in zip(back.batches, given.batches, strict=True):
+        assert torch.equal(new.B, old.B)
+        assert torch.equal(new.weights, old.weights)
+        assert torch.equal(new.bias, old.bias)
+    assert (found.scale, found.ridge_x, found.ridge_y) == (
+        given.scale,
+        given.ridge_x,
+        given.ridge_y,
+    )
+
+
+def test_projected_inputs_that_are_one_stay_one():
+    matrix = normal(3, 2, seed=5)
+    assert batch().projected(matrix, matrix, matrix).self_attention
+    assert not batch().projected(matrix, matrix, 2.0 * matrix).self_attention
+
+
 def test_unpad_needs_a_tensor_for_each_batch():
     with pytest.raises(ValueError, match="zip"):
         ragged().unpad([])

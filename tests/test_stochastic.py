@@ -34,7 +34,7 @@ def test_the_parts_of_the_gradient_add_up(monkeypatch, ridge):
     # the reduced one, for the sum over the mini-batches, in whatever coordinates it was taken.
     problem, start = planted(ridge=ridge)
     run = loop(problem, start)
-    monkeypatch.setattr(run, "_move", lambda gradient, factor: None)
+    monkeypatch.setattr(run._steepest, "move", lambda theta, gradient, factor: None)
     monkeypatch.setattr(run._readout, "_solve", lambda damping: None)
     found = [run._step(batch) for batch in run._scaled]
     assert len(found) > 4
@@ -95,7 +95,7 @@ def test_scaled_inputs_do_not_outlive_the_run(monkeypatch):
 @pytest.mark.usefixtures("small_batches")
 def test_queries_and_keys_are_slower_from_a_near_start():
     problem, start = planted()
-    far, near = (loop(problem, start, near=near)._rates for near in (False, True))
+    far, near = (loop(problem, start, near=near)._steepest._lengths for near in (False, True))
     expected = [stochastic.NEAR * far[0], stochastic.NEAR * far[1], far[2]]  # query, key, value
     assert near == pytest.approx(expected, rel=1e-15)
 
@@ -106,11 +106,11 @@ def test_a_logit_matrix_alone_keeps_its_rate():
     theta, _ = model.split(problem, model.start(problem, 0))
     point = minibatches.sampled(Objective(problem, model), theta)
     settings, generator = Settings(1e-12, 1, None), torch.Generator()
-    rates = [
-        Stochastic(point, settings, generator, lambda _: None, 0.0, near=near)._rates
+    runs = [
+        Stochastic(point, settings, generator, lambda _: None, 0.0, near=near)
         for near in (False, True)
     ]
-    assert rates[0] == rates[1]
+    assert runs[0]._steepest._lengths == runs[1]._steepest._lengths
 
 
 @pytest.mark.parametrize("size", [24, 80, 10**6])

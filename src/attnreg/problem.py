@@ -22,6 +22,7 @@ import math
 import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -370,6 +371,27 @@ class AttentionProblem:
             A new problem with copies of the data.
         """
         return type(self)(**{**self._arguments(self._sequences), **changes})
+
+    def projected(self, query: Tensor, key: Tensor, value: Tensor) -> Self:
+        """The problem with inputs ``A1 query``, ``A2 key`` and ``A3 value``.
+
+        The center, which is in the coordinates of the old inputs, is left out.
+
+        Args:
+            query: ``(d_query, columns)``, in the dtype of the problem.
+            key: ``(d_key, columns)``.
+            value: ``(d_value, columns)``.
+
+        Returns:
+            A new problem.
+        """
+        given = self._sequences
+        a1, a2, a3 = (
+            [rows @ matrix for rows in inputs]
+            for inputs, matrix in ((given.A1, query), (given.A2, key), (given.A3, value))
+        )
+        sequences = replace(given, A1=a1, A2=a2, A3=a3)
+        return type(self)(**{**self._arguments(sequences), "center": None})
 
     def to(
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None

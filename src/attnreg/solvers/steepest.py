@@ -16,7 +16,7 @@ than a tenth of a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +29,8 @@ from attnreg.objective import Objective
 
 SCALED = 0.2
 """Power of the inputs' second moment; 1/2 would whiten them, and give noise the same weight."""
+
+MOMENTUM = 0.9
 
 SMALLEST = 1e-6
 """Of the mean (inputs) or the largest (gradients): smaller eigenvalues count as this much."""
@@ -115,6 +117,58 @@ def _basis(moment: Tensor) -> _Basis:
         return vectors.to(moment.dtype), torch.ones_like(moment[:, :1])
     scales = (values / mean).clamp_min(SMALLEST).pow(-SCALED)
     return vectors.to(moment.dtype), scales[:, None].to(moment.dtype)
+
+
+class Steepest:
+    """Steps of parameters in scaled coordinates, each head's along the polar factor of momentum.
+
+    The root mean square of a block's step is a rate times that of the block at the start.
+
+    Args:
+        inputs: The coordinates.
+        theta: The start in the given coordinates, flat; as many blocks of it move as there are
+            rates, the first ones.
+        blocks: Its blocks.
+        rates: Of each block that moves.
+    """
+
+    def __init__(
+        self,
+        inputs: ScaledInputs,
+        theta: Tensor,
+        blocks: Sequence[ParameterBlock],
+        rates: Sequence[float],
+    ) -> None:
+        self._blocks = blocks
+        self._momentum = torch.zeros_like(theta)
+        self._scales = [inputs.scales(block) for block in blocks]
+        self._lengths = [
+            rate * (float(_size(w)) or w.shape[0] ** -0.5)
+            for rate, w in zip(rates, split_blocks(theta, blocks), strict=False)
+        ]
+
+    def move(self, theta: Tensor, gradient: Tensor, factor: float) -> None:
+        """One step of every block, at a share of its rate.
+
+        Args:
+            theta: In scaled coordinates; changed in place.
+            gradient: By these.
+            factor: The share.
+        """
+        self._momentum.lerp_(gradient, 1 - MOMENTUM)
+        direction = torch.lerp(gradient, self._momentum, MOMENTUM)
+        weights = split_blocks(theta, self._blocks)
+        directions = split_blocks(direction, self._blocks)
+        for i, rate in enumerate(self._lengths):
+            step = polar_factors(directions[i], self._blocks[i].heads)
+            size = _size(self._scales[i] * step)
+            length = torch.where(size > 0.0, factor * rate / size, 0.0)
+            weights[i].addcmul_(step, length.to(step.dtype), value=-1.0)
+
+
+def _size(matrix: Tensor) -> Tensor:
+    """Root mean square, a float64 scalar that is left on the device."""
+    return matrix.double().square().mean().sqrt()
 
 
 def polar_factors(matrix: Tensor, heads: int) -> Tensor:

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from attnreg.batching import Batch
 from attnreg.curvature.preconditioner import natural_metric
-from attnreg.kronecker import split_blocks
+from attnreg.kronecker import ParameterBlock
 from attnreg.records import Callback, Status
 from attnreg.solvers.minibatches import (
     Pooled,
@@ -49,10 +49,9 @@ from attnreg.solvers.minibatches import (
 )
 from attnreg.solvers.run import Outcome, Run, Settings, relative_gradient_norm
 from attnreg.solvers.running_readout import RunningReadout
-from attnreg.solvers.steepest import ScaledInputs, polar_factors
+from attnreg.solvers.steepest import ScaledInputs, Steepest
 
 RATE = 0.015
-MOMENTUM = 0.9
 WARM_UP = 20
 NEAR = 0.4
 """Of the rate, for queries and keys, from a start that is near."""
@@ -72,6 +71,17 @@ def steps_of_iteration(batches: Sequence[Batch]) -> int:
 def _times(batches: Sequence[Batch]) -> int:
     """How often an iteration goes through the mini-batches."""
     return math.ceil(FEWEST_STEPS / len(batches))
+
+
+def step_rates(blocks: Sequence[ParameterBlock], *, near: bool) -> list[float]:
+    """Rates of the blocks: values' the whole, those of queries and keys less from a near start."""
+    slower = NEAR if near else 1.0
+    return [RATE * (1.0 if block.name == "value" else slower) for block in blocks]
+
+
+def warmed_up(steps: int) -> float:
+    """Share of the rate that the next step has after so many, for the warm-up alone."""
+    return min(1.0, (steps + 1) / WARM_UP)
 
 
 @dataclass(frozen=True)
@@ -116,18 +126,10 @@ class Stochastic:
         self._scaled = [self._inputs.batch(batch) for batch in self._batches]
         self._theta = self._inputs.enter(self._start.theta)
         self._readout = RunningReadout(objective, self._start.readout.clone())
-        self._momentum = torch.zeros_like(self._theta)
         blocks = objective.layout.blocks
-        self._fitted = blocks[: len(blocks) - objective.layout.held]
-        self._scales = [self._inputs.scales(block) for block in self._fitted]
-        starts = split_blocks(self._start.theta, blocks)
-        slower = NEAR if near and objective.layout.values_move else 1.0
-        self._rates = [
-            RATE
-            * (1.0 if block.name == "value" else slower)
-            * (float(_size(w)) or w.shape[0] ** -0.5)
-            for block, w in zip(self._fitted, starts, strict=False)
-        ]
+        fitted = blocks[: len(blocks) - objective.layout.held]
+        rates = step_rates(fitted, near=near and objective.layout.values_move)
+        self._steepest = Steepest(self._inputs, self._start.theta, blocks, rates)
         self._steps, self._rows, self._began = 0, 0, time.perf_counter()
         passed = len(self._batches)
         if self._sampled:
@@ -228,22 +230,10 @@ class Stochastic:
         gradient, loss = partial_gradient(objective, batch, features, readout)
         self._add_ridge(gradient, batch)
         if math.isfinite(loss):
-            self._move(gradient, factor)
+            self._steepest.move(self._theta, gradient, factor)
         self._rows += batch.weights.numel()
         self._steps += 1
         return gradient, loss
-
-    def _move(self, gradient: Tensor, factor: float) -> None:
-        """One step of every block, at a share of its rate."""
-        self._momentum.lerp_(gradient, 1 - MOMENTUM)
-        direction = torch.lerp(gradient, self._momentum, MOMENTUM)
-        blocks = self._objective.layout.blocks
-        weights, directions = split_blocks(self._theta, blocks), split_blocks(direction, blocks)
-        for i, block in enumerate(self._fitted):
-            step = polar_factors(directions[i], block.heads)
-            size = _size(self._scales[i] * step)
-            length = torch.where(size > 0.0, factor * self._rates[i] / size, 0.0)
-            weights[i].addcmul_(step, length.to(step.dtype), value=-1.0)
 
     def _factor(self) -> float:
         """Of the rate: warm-up, then a line to zero at the nearer bound."""
@@ -251,7 +241,7 @@ class Stochastic:
         done = self._steps / max(1, total)
         spent, left = time.perf_counter() - self._began, max(0.0, self._seconds_left())
         done = min(1.0, max(done, spent / (spent + left)))
-        return (1.0 - done) * min(1.0, (self._steps + 1) / WARM_UP)
+        return (1.0 - done) * warmed_up(self._steps)
 
     def _seconds_left(self) -> float:
         """Until the end has to begin."""
@@ -277,8 +267,3 @@ class Stochastic:
             inner_iterations=0,
             accepted=True,
         )
-
-
-def _size(matrix: Tensor) -> Tensor:
-    """Root mean square, a float64 scalar that is left on the device."""
-    return matrix.double().square().mean().sqrt()

@@ -103,7 +103,8 @@ def fit_layer(
         KeyboardInterrupt: If it was interrupted: no half-done fit counts as done.
     """
     original, weights = teacher
-    best = best_start(sample(problem, SCORED_ROWS), original, weights, model)
+    scored = sample(problem, SCORED_ROWS)
+    best = best_start(scored, original, weights, model, fit_pairs=max_iterations > 0)
 
     def observe(record: IterationRecord) -> None:
         if progress is not None:

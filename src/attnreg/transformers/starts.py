@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -46,9 +47,11 @@ from attnreg.transformers.headwise import (
     turning_width,
 )
 from attnreg.transformers.pooling import Combination, NotApplicable
+from attnreg.transformers.sharing import DIRECTIONS, leading_directions, sharing_losses
 
 Weights = dict[str, Tensor]
 _DECAYS = (0.0, 1.0, 2.0, 3.0)
+_FITTED = "fitted"
 _POOLINGS: dict[str, Callable[[Tensor, Tensor], Combination]] = {
     "mean": pooling.mean,
     "first": pooling.first,
@@ -111,6 +114,8 @@ def best_start(
     teacher: MultiHead,
     weights: Mapping[str, Tensor],
     student: MultiHead,
+    *,
+    fit_pairs: bool = False,
 ) -> Start:
     """The start with the least measured error after ``W_O`` is solved for.
 
@@ -119,6 +124,9 @@ def best_start(
         teacher: Description of the original layer.
         weights: Its weights.
         student: Description of the layer wanted.
+        fit_pairs: Whether key/value heads are grouped by what short fits of all pairs lose, where
+            groups have a choice: the start is then the best one of those groups, which need not be
+            the best of all before a fit and is after it. Takes as long as some hundred steps.
 
     Returns:
         The start; of equal ones the first tried.
@@ -126,7 +134,7 @@ def best_start(
     Raises:
         ValueError: As :func:`starts`, or if the error of no start is finite.
     """
-    made, notes = _made(problem, teacher, weights, student)
+    made, notes = _made(problem, teacher, weights, student, fit_pairs=fit_pairs)
     tried, solved = {}, {}
     for name, start in made.items():
         error, with_readout = solve_readout(problem, student, start)
@@ -137,7 +145,8 @@ def best_start(
     if not tried:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in notes.items())
         raise ValueError(f"no start leads from {teacher} to {student}: {reasons}")
-    best = min(tried, key=lambda name: tried[name])
+    fitted = {name: error for name, error in tried.items() if name.startswith(_FITTED)}
+    best = min(fitted or tried, key=lambda name: tried[name])
     return Start(best, solved[best], made[best], tried[best], tried, notes)
 
 
@@ -192,13 +201,15 @@ def _made(
     teacher: MultiHead,
     weights: Mapping[str, Tensor],
     student: MultiHead,
+    *,
+    fit_pairs: bool = False,
 ) -> tuple[dict[str, Weights], dict[str, str]]:
     """The starts, and why others were left out."""
     check_student(problem, teacher, student)
     task = _Task(problem, teacher, weights, student, split_heads(problem, teacher, weights))
     made: dict[str, Weights] = {}
     notes: dict[str, str] = {}
-    for prefix, make_groups in _groupings(task):
+    for prefix, make_groups in _groupings(task, fit_pairs):
         try:
             groups = make_groups()
         except NotApplicable as reason:
@@ -212,7 +223,7 @@ def _made(
     return made, notes
 
 
-def _groupings(task: _Task) -> Iterator[tuple[str, Callable[[], list[Group]]]]:
+def _groupings(task: _Task, fit_pairs: bool) -> Iterator[tuple[str, Callable[[], list[Group]]]]:
     """Names and makers of the groups that the sizes allow."""
     problem, teacher = task.problem, task.teacher
     heads, kv_heads, _, _ = sizes(problem, teacher)
@@ -249,7 +260,47 @@ def _groupings(task: _Task) -> Iterator[tuple[str, Callable[[], list[Group]]]]:
         yield "", lambda: served(neighbours)
     if alike != neighbours:
         yield "clustered", lambda: served(alike)
+    if fit_pairs and wanted > 1:
+        yield _FITTED, lambda: served(clusters(_pair_losses(task), wanted))
     yield "dropped", dropped
+
+
+def _pair_losses(task: _Task) -> Tensor:
+    """What every two key/value heads lose where they share one, after short fits.
+
+    Returns:
+        ``(kv_heads, kv_heads)``, 0 on the diagonal.
+    """
+    problem, teacher, weights = task.problem, task.teacher, task.weights
+    heads, kv_heads, width, _ = sizes(problem, teacher)
+    _, _, new_width, new_value_width = sizes(problem, task.student)
+    problem, weights = leading_directions(problem, teacher, weights, DIRECTIONS * width)
+    repeats, pairs = heads // kv_heads, list(combinations(range(kv_heads), 2))
+    groups = [Group(p, tuple(g * repeats + r for g in p for r in range(repeats))) for p in pairs]
+    model = replace(
+        task.student,
+        heads=2 * repeats * len(pairs),
+        kv_heads=len(pairs),
+        head_dim=new_width,
+        v_head_dim=new_value_width,
+    )
+    split = split_heads(problem, teacher, weights)
+    start = _pair_weights(_Task(problem, teacher, weights, model, split), groups)
+    members = [group.heads for group in groups]
+    losses = sharing_losses(problem, (teacher, weights), (model, start), members)
+    result = losses.new_zeros(kv_heads, kv_heads)
+    for (a, b), loss in zip(pairs, losses, strict=True):
+        result[a, b] = result[b, a] = loss
+    return result
+
+
+def _pair_weights(task: _Task, groups: list[Group]) -> Weights:
+    """Where the pairs begin: the best common key and value, or mean ones where norms forbid it."""
+    decay = next(decay for _, _, decay in _ways(task, "", groups))
+    try:
+        return _weights(task, groups, "svd", decay)
+    except NotApplicable:
+        return _weights(task, groups, "mean", decay)
 
 
 def _ways(

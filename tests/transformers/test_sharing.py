@@ -1,0 +1,218 @@
+"""What pairs of key/value heads lose: against each pair alone, and where nothing is lost."""
+
+from itertools import combinations
+
+import pytest
+import torch
+
+from attnreg.models import Features, MultiHead
+from attnreg.problem import AttentionProblem
+from attnreg.solvers import minibatches
+from attnreg.transformers import sharing, starts
+from attnreg.transformers.grouping import clusters
+from attnreg.transformers.headwise import split_heads
+from attnreg.transformers.sharing import PairFits, leading_directions, sharing_losses
+from tests.transformers.test_student_starts import (
+    KINDS,
+    LOSSLESS,
+    copy_head,
+    inputs,
+    layer,
+    problem_of,
+    random_weights,
+    turned,
+)
+from tests.twins import normal
+
+PAIRS = tuple(combinations(range(4), 2))
+
+
+def students(kind, repeats):
+    """A layer of all pairs with random weights, and the query heads of the original of each."""
+    model = layer(2 * repeats * len(PAIRS), len(PAIRS), 4, 3, kind)
+    members = [tuple(g * repeats + r for g in pair for r in range(repeats)) for pair in PAIRS]
+    return model, random_weights(model, seed=100), members
+
+
+def one(model, weights, number, count):
+    """A pair alone."""
+    heads = model.heads // count
+    alone = layer(heads, 1, 4, 3, "bias") if model.bias else layer(heads, 1, 4, 3, "no bias")
+    alone = MultiHead(heads, 1, 4, 3, bias=alone.bias, rotary=model.rotary)
+    cut = {}
+    for name, width in (("Q", 4 * heads), ("K", 4), ("V", 3)):
+        own = slice(number * width, (number + 1) * width)
+        cut[f"W_{name}"] = weights[f"W_{name}"][:, own]
+        if f"b_{name}" in weights:
+            cut[f"b_{name}"] = weights[f"b_{name}"][own]
+    cut["W_O"] = weights["W_O"][number * 3 * heads : (number + 1) * 3 * heads]
+    return alone, cut | {"b_O": weights["b_O"]} if "b_O" in weights else cut
+
+
+def columns_of(problem, model, weights):
+    theta, _ = model.split(problem, weights)
+    return Features(problem, model, theta, products=False).columns
+
+
+def losses_alone(problem, teacher, weights, pairs):
+    """Least squares of every pair on its own, by the singular value decomposition."""
+    model, start, members = pairs
+    rows = torch.cat([batch.weights.flatten() for batch in problem.batches]).sqrt()[:, None]
+    width = 3
+    given = columns_of(problem, teacher, weights)
+    losses = []
+    for number, heads in enumerate(members):
+        own = [h * width + i for h in heads for i in range(width)]
+        targets = rows * (given[:, own] @ weights["W_O"][own])
+        features = rows * columns_of(problem, *one(model, start, number, len(members)))
+        found = torch.linalg.lstsq(features, targets, driver="gelsd").solution
+        losses.append((features @ found - targets).square().sum())
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_losses_without_steps_are_those_of_each_pair_alone(kind, repeats):
+    teacher = layer(4 * repeats, 4, 4, 3, kind)
+    weights = random_weights(teacher)
+    problem = problem_of(teacher, weights)
+    model, start, members = students(kind, repeats)
+    found = sharing_losses(problem, (teacher, weights), (model, start), members, steps=0)
+    expected = losses_alone(problem, teacher, weights, (model, start, members))
+    assert float(expected.min()) > 1e-3
+    # The damping of 1e-9 that keeps the equations solvable is the larger part of the difference.
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_is_that_of_the_losses(kind):
+    teacher = layer(4, 4, 4, 3, kind)
+    weights = random_weights(teacher)
+    problem = problem_of(teacher, weights)
+    model, start, members = students(kind, 1)
+    fits = PairFits(problem, (teacher, weights), (model, start), members)
+    batch = fits._batches[0]
+    gradient = fits.gradient(batch, 1.0)
+    readout = sharing._solved(fits._gram, fits._right, sharing.DAMPING)
+    theta, direction = fits.theta, normal(*fits.theta.shape, seed=3)
+
+    def loss(step):
+        moved = theta + step * direction
+        features = minibatches.features_of(fits._objective, batch, moved)
+        own, targets = fits._sides(features, batch)
+        return float((batch.weights.reshape(-1, 1) * (own @ readout - targets).square()).sum())
+
+    # Of central differences of 1e-5 the second-order remainder and the rounding are below 1e-9.
+    slope = (loss(1e-5) - loss(-1e-5)) / 2e-5
+    assert slope == pytest.approx(float(gradient @ direction), rel=1e-7)
+
+
+def test_pairs_that_are_fitted_in_parts_have_the_same_losses(monkeypatch):
+    teacher = layer(4, 4, 4, 3)
+    weights = random_weights(teacher)
+    problem = problem_of(teacher, weights)
+    model, start, members = students("bias", 1)
+    given = problem, (teacher, weights), (model, start), members
+    together, moved = (sharing_losses(*given, steps=steps) for steps in (0, 5))
+    monkeypatch.setattr(sharing, "COLUMNS", 13)  # two pairs of two heads of 3 at once
+    torch.testing.assert_close(sharing_losses(*given, steps=0), together, rtol=1e-12, atol=0.0)
+    # The length of a step is a share of the size of all heads at once.
+    torch.testing.assert_close(sharing_losses(*given, steps=5), moved, rtol=1e-2, atol=0.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_lower_the_losses(kind):
+    teacher = layer(4, 4, 4, 3, kind)
+    weights = random_weights(teacher)
+    problem = problem_of(teacher, weights)
+    model, start, members = students(kind, 1)
+    given = problem, (teacher, weights), (model, start), members
+    before, after = (sharing_losses(*given, steps=steps) for steps in (0, 60))
+    assert bool((after < 0.9 * before).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_duplicates_lose_nothing_and_share_a_head(kind):
+    teacher = layer(8, 4, 4, 3, kind)
+    weights = random_weights(teacher)
+    copy_head(weights, teacher, 0, 2, kind)
+    copy_head(weights, teacher, 1, 3, kind)
+    problem = problem_of(teacher, weights)
+    student = layer(8, 2, 4, 3, kind)
+    task = starts._Task(problem, teacher, weights, student, split_heads(problem, teacher, weights))
+    losses = starts._pair_losses(task)
+    assert clusters(losses, 2) == [(0, 2), (1, 3)]
+    others = [float(losses[a, b]) for a, b in PAIRS if (a, b) not in ((0, 2), (1, 3))]
+    # Their start is exact: what is left is how far steps that end after a while have led away.
+    assert max(float(losses[0, 2]), float(losses[1, 3])) < 0.1 * min(others)
+    start = starts.best_start(problem, teacher, weights, student, fit_pairs=True)
+    assert start.tried["fitted svd"] < LOSSLESS
+    assert start.name in ("fitted svd", "fitted aligned")
+
+
+def test_the_start_is_of_the_fitted_groups_even_where_another_is_ahead():
+    teacher = layer(6, 6, 4, 3)
+    weights = random_weights(teacher)
+    problem, student = problem_of(teacher, weights), layer(6, 3, 4, 3)
+    plain = starts.best_start(problem, teacher, weights, student)
+    start = starts.best_start(problem, teacher, weights, student, fit_pairs=True)
+    fitted = {name: e for name, e in start.tried.items() if name.startswith("fitted")}
+    assert start.name == min(fitted, key=fitted.get)
+    assert {name: e for name, e in start.tried.items() if name not in fitted} == plain.tried
+
+
+def test_nothing_is_fitted_where_there_is_no_choice(monkeypatch):
+    monkeypatch.setattr(starts, "_pair_losses", lambda task: pytest.fail("fitted"))
+    teacher = layer(4, 2, 4, 3)
+    weights = random_weights(teacher)
+    problem = problem_of(teacher, weights)
+    for student in (layer(4, 1, 4, 3), layer(2, 2, 4, 3), layer(4, 2, 2, 3)):
+        starts.best_start(problem, teacher, weights, student, fit_pairs=True)
+
+
+def test_gauge_changes_no_loss_of_the_start(monkeypatch):
+    monkeypatch.setattr(starts, "sharing_losses", lambda *given: sharing_losses(*given, steps=0))
+    teacher, student = layer(8, 4, 4, 3), layer(8, 2, 4, 3)
+    weights = random_weights(teacher)
+    problem = problem_of(teacher, weights)
+    found = [
+        starts._pair_losses(
+            starts._Task(problem, teacher, given, student, split_heads(problem, teacher, given))
+        )
+        for given in (weights, turned(weights, teacher, "bias"))
+    ]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-9)
+
+
+def test_norms_of_queries_and_keys_begin_at_the_mean():
+    teacher = MultiHead(4, 4, 4, 3, norm_eps=1e-6)
+    weights = random_weights(teacher)
+    problem = problem_of(teacher, weights)
+    student = MultiHead(4, 2, 4, 3, norm_eps=1e-6)
+    start = starts.best_start(problem, teacher, weights, student, fit_pairs=True)
+    assert start.name.startswith("fitted")
+
+
+def test_a_layer_of_zeros_is_grouped_too():
+    teacher, student = layer(6, 6, 4, 3), layer(6, 2, 4, 3)
+    weights = {name: 0.0 * w for name, w in random_weights(teacher).items()}
+    problem = problem_of(teacher, weights)
+    task = starts._Task(problem, teacher, weights, student, split_heads(problem, teacher, weights))
+    assert torch.equal(starts._pair_losses(task), torch.zeros(6, 6).double())
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_leading_directions_keep_the_layer_and_drop_the_rest(cross):
+    teacher = layer(4, 2, 4, 3)
+    weights = random_weights(teacher)
+    A1 = inputs()
+    others = {"A2": inputs(5), "A3": inputs(6)} if cross else {}
+    problem = AttentionProblem(A1, [normal(len(a), 9, seed=7) for a in A1], **others)
+    whole, turned_weights = leading_directions(problem, teacher, weights, 99)
+    torch.testing.assert_close(
+        columns_of(whole, teacher, turned_weights), columns_of(problem, teacher, weights)
+    )
+    few, _ = leading_directions(problem, teacher, weights, 3)
+    values = torch.linalg.eigvalsh(problem.gram_key).flip(0)[:3]
+    torch.testing.assert_close(few.gram_key, torch.diag(values), rtol=1e-9, atol=1e-9)
+    assert few.self_attention is not cross
