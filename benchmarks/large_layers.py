@@ -13,9 +13,13 @@ solved in closed form on the calibration data, also off the clock: the better by
 attnreg is fitted anew for each of these fractions, since it is told its time beforehand; its
 readouts are on the clock, and its seconds are those that it took. Tier large has one more fit of
 attnreg, given three times the time: no row, but what is left to gain at the end of the others.
-Tier gpu has the data of large in a twentieth of its time, and repeats.
+Tier best-start has the start of `attnreg compress` in place of mean-pooled heads, again for
+everybody and off the clock: made on a sample of the rows from the original's weights, its key/value
+heads grouped by fits of pairs. The seconds that it took are beside it. First-order peers only, one
+finalist each. Tier gpu has the data of large in a twentieth of its time, and repeats.
 
     python -m benchmarks.large_layers --tier large
+    python -m benchmarks.large_layers --tier best-start
     python -m benchmarks.large_layers --tier gpu --device cuda --precision tf32
 
 Rows in the results file that were made with the same settings on the same machine are kept: an
@@ -51,12 +55,24 @@ from benchmarks.common import (
     show,
     write_json,
 )
-from benchmarks.layer_problem import Bed, load_layer, medians, third_text
+from benchmarks.layer_problem import (
+    ORIGINAL,
+    STUDENT,
+    WEIGHTS,
+    Bed,
+    Layer,
+    Weights,
+    load_layer,
+    medians,
+    third_text,
+)
 from benchmarks.peers import OURS, Method, Peer, Trace, found, installed, run
 
 FRACTIONS = (0.05, 0.1, 0.2, 1 / 3, 2 / 3)  # of the time, beside its end
 SCORED = ("calibration", "validation", "held_out")
 TARGETS = {"the best of Adam, AdamW and Muon": ("Adam", "AdamW", "Muon"), "SOAP": ("SOAP",)}
+BEST_START = "best-start"  # the tier; its peers are those that came near on tier large
+FIRST_ORDER = ("Adam", "AdamW", "Muon", "SOAP")
 LONGER = {"large": 3.0}  # times the time, for one more fit of attnreg
 REPEATED = 30.0  # seconds of a row below which it is repeated
 WARM_UP = 0.5
@@ -80,16 +96,44 @@ TIERS = {
     "quick": Tier((3,), 32, 16, 2.0, 0.25, 1, 1),
     "bench": Tier((3,), 256, 64, 12.0, 0.15, 1, 3),
     "large": Tier((0, 3, 5), 1088, 128, 120.0, 0.1, 4, 3),
+    BEST_START: Tier((0, 3, 5), 1088, 128, 120.0, 0.1, 1, 3),
     "gpu": Tier((0, 3, 5), 1088, 128, 6.0, 0.1, 2, 3),
 }
 
 
-def load_bed(number: int, tier: Tier, device: str = "cpu") -> Bed:
-    """Captures a layer of the model on all texts, on the CPU, and puts it on a device."""
+def load_bed(
+    number: int, tier: Tier, device: str = "cpu", *, pooled: bool = True
+) -> tuple[Bed, dict[str, Any]]:
+    """Captures a layer of the model on all texts, on the CPU, and puts it on a device.
+
+    Args:
+        number: Of the layer.
+        tier: How much is run.
+        device: Where it goes.
+        pooled: Whether the start is mean-pooled heads, or that of `attnreg compress`.
+
+    Returns:
+        The layer, and how its start was made where that is the latter.
+    """
     layer = load_layer(tier.sequences, tier.scored, tier.tokens, number)
     third = third_text(layer, number, tier.scored, tier.tokens)
-    data = (part.to(device) for part in (layer.train, layer.held_out, third))
-    return Bed(layer.to(device).pooled, dict(zip(SCORED, data, strict=True)))
+    layer, third = layer.to(device), third.to(device)
+    start, how = layer.pooled, {}
+    if not pooled:
+        start, how = compress_start(layer)
+    return Bed(start, dict(zip(SCORED, (layer.train, layer.held_out, third), strict=True))), how
+
+
+def compress_start(layer: Layer) -> tuple[Weights, dict[str, Any]]:
+    """The weights from which `attnreg compress` fits a layer, and how they were made."""
+    from attnreg.transformers.layer_fit import SCORED_ROWS, sample
+    from attnreg.transformers.starts import best_start
+
+    problem, clock = layer.train.attention(), Clock()
+    weights = {name: layer.weights[name] for name in WEIGHTS}
+    rows = sample(problem, SCORED_ROWS)
+    found = best_start(rows, ORIGINAL, weights, STUDENT, fit_pairs=True)
+    return found.weights, {"name": found.name, "seconds": clock.seconds(), "tried": found.tried}
 
 
 # ---------------------------------------------------------------------- rows
@@ -232,7 +276,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     tier = Tier(**{**asdict(TIERS[options.tier]), **_given(options)})
     everybody, missing = installed(found())
+    pooled = options.tier != BEST_START
     peers = [p for p in everybody if p.layers and (not options.only or options.only in p.name)]
+    peers = peers if pooled else [peer for peer in peers if peer.name in FIRST_ORDER]
     path, elsewhere = _place(options)
     content: dict[str, Any] = {
         "machine": machine(),
@@ -254,8 +300,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.minutes is not None and clock.seconds() > 60 * options.minutes:
             console.print(f"[yellow]{name} is left out: {options.minutes:g} min over[/yellow]")
             continue
-        bed = load_bed(number, tier, options.device)
+        bed, how = load_bed(number, tier, options.device, pooled=pooled)
         layer["start"] = bed.errors(bed.start)
+        if how:
+            layer["start_made"] = how
         keep = partial(_write, path, content, name)
         with matmul_precision(options.precision, torch.device(options.device)):
             run_layer(name, bed, peers, tier, layer["rows"], keep)
@@ -295,7 +343,15 @@ def print_layer(name: str, layer: Mapping[str, Any]) -> None:
         longer = layer["longer"]
         errors = (show(longer["errors"][text], 4) for text in SCORED)
         lines.append(("attnreg, given longer", show(longer["seconds"]), *errors, "as it is"))
-    lines.append(("start", "-", *(show(layer["start"][text], 4) for text in SCORED), "as it is"))
+    made = layer.get("start_made", {"seconds": None})
+    lines.append(
+        (
+            "start",
+            show(made["seconds"]),
+            *(show(layer["start"][text], 4) for text in SCORED),
+            "as it is",
+        )
+    )
     print_table(name, ("method", "s", *SCORED, "readout"), lines)
     for target, entry in layer["verdicts"].items():
         console.print(
@@ -323,10 +379,12 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = command_line("large_layers", __doc__, quick="the same as --tier quick")
     parser.add_argument("--tier", choices=tuple(TIERS), default="bench")
-    parser.add_argument("--layers", nargs="+", type=int, help="3; 0 3 5 in tiers large and gpu")
+    parser.add_argument(
+        "--layers", nargs="+", type=int, help="3; 0 3 5 in tiers large, best-start and gpu"
+    )
     parser.add_argument("--sequences", type=int, help="fitted (32, 256 or 1088)")
     parser.add_argument("--scored", type=int, help="to validate on, and held out (16, 64 or 128)")
-    parser.add_argument("--seconds", type=float, help="of a row (2, 12, 120 or 6)")
+    parser.add_argument("--seconds", type=float, help="of a row (2, 12, 120, 120 or 6)")
     parser.add_argument("--minutes", type=float, help="no layer is begun after that")
     parser.add_argument("--only", help="only peers whose name contains this")
     parser.add_argument("--fresh", action="store_true", help="keep nothing of the results file")

@@ -24,6 +24,8 @@ PAGE = DOCS / "benchmarks.md"
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 RATIOS = (1.0, 2.0, 10.0)
 TITLES = {"quick": "`make bench-quick`", "bench": "`make bench`", "large": "`make bench-large`"}
+TITLES["best-start"] = "the same from the start of `attnreg compress`, by `make bench-large` too"
+TIERS = ("bench", "large", "best-start")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -35,14 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.quick:
         console.print(tables(("quick",)), markup=False)
         return
-    for tier in ("bench", "large"):
+    for tier in TIERS:
         for kind, draw in (
             ("planted_suite", profiles.draw_planted),
             ("large_layers", profiles.draw_layers),
         ):
             if (content := read(kind, tier)) is not None:
                 draw(content, DOCS / picture(kind, tier))
-    PAGE.write_text(replaced(PAGE.read_text(encoding="utf-8"), tables(("bench", "large"))))
+    PAGE.write_text(replaced(PAGE.read_text(encoding="utf-8"), tables(TIERS)))
     console.print(f"written: docs/{PAGE.name}")
 
 
@@ -207,7 +209,9 @@ def _layer_parts(name: str, layer: Mapping[str, Any]) -> list[str]:
         longer = layer["longer"]
         seconds, errors = show(longer["seconds"]), _errors(longer["errors"])
         lines.append((OURS.name, "given longer", seconds, *errors, "as it is", ""))
-    lines.append(("start", "mean-pooled heads", "", *_errors(layer["start"]), "as it is", ""))
+    made = layer.get("start_made", {"name": "mean-pooled heads", "seconds": None})
+    seconds = "" if made["seconds"] is None else f"({show(made['seconds'])})"
+    lines.append(("start", made["name"], seconds, *_errors(layer["start"]), "as it is", ""))
     columns = ("method", "setting", "s", "calibration", "validation", "held out", "readout")
     verdicts = [_verdict(target, entry) for target, entry in layer.get("verdicts", {}).items()]
     return [

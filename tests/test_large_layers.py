@@ -59,7 +59,7 @@ def test_layers_side_by_side_add_to_one_file(results, monkeypatch):
         assert ("other" in rows) == beside
 
     monkeypatch.setattr(large_layers, "run_layer", run_layer)
-    monkeypatch.setattr(large_layers, "load_bed", lambda *given: bed())
+    monkeypatch.setattr(large_layers, "load_bed", lambda *given, pooled: (bed(), {}))
     longer = {"seconds": 3.0, "errors": row["errors"]}
     made = []
     monkeypatch.setattr(

@@ -162,7 +162,7 @@ def test_the_start_is_of_the_fitted_groups_even_where_another_is_ahead():
 
 
 def test_nothing_is_fitted_where_there_is_no_choice(monkeypatch):
-    monkeypatch.setattr(starts, "_pair_losses", lambda task: pytest.fail("fitted"))
+    monkeypatch.setattr(starts, "_pair_losses", lambda task, **bound: pytest.fail("fitted"))
     teacher = layer(4, 2, 4, 3)
     weights = random_weights(teacher)
     problem = problem_of(teacher, weights)
@@ -171,7 +171,9 @@ def test_nothing_is_fitted_where_there_is_no_choice(monkeypatch):
 
 
 def test_gauge_changes_no_loss_of_the_start(monkeypatch):
-    monkeypatch.setattr(starts, "sharing_losses", lambda *given: sharing_losses(*given, steps=0))
+    monkeypatch.setattr(
+        starts, "sharing_losses", lambda *given, **bound: sharing_losses(*given, steps=0)
+    )
     teacher, student = layer(8, 4, 4, 3), layer(8, 2, 4, 3)
     weights = random_weights(teacher)
     problem = problem_of(teacher, weights)
@@ -182,6 +184,21 @@ def test_gauge_changes_no_loss_of_the_start(monkeypatch):
         for given in (weights, turned(weights, teacher, "bias"))
     ]
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-9)
+
+
+def test_the_time_bounds_the_steps(monkeypatch):
+    teacher = layer(4, 4, 4, 3)
+    weights = random_weights(teacher)
+    model, start, members = students("bias", 1)
+    fits = PairFits(problem_of(teacher, weights), (teacher, weights), (model, start), members)
+    clock, rates = iter(range(100)), []
+    monkeypatch.setattr(sharing.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(fits._steepest, "move", lambda theta, g, rate: rates.append(rate))
+    fits.run(1000, 8.0)
+    # One tick a step: of 8 s 1 to 7 are gone at the seven steps that are taken.
+    left = [1 - second / 8 for second in range(1, 8)]
+    warm = [sharing.warmed_up(step) for step in range(7)]
+    assert rates == pytest.approx([a * b for a, b in zip(left, warm, strict=True)])
 
 
 def test_norms_of_queries_and_keys_begin_at_the_mean():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,9 @@ from attnreg.transformers.streaming import Blockwise
 
 SCORED_ROWS = 4096
 """Rows on which the starts are compared, about: their errors differ by more than a sample does."""
+
+PAIRS_SHARE = 1 / 3
+"""Share of the time that the fits of pairs may have, and that is left to the fit at least."""
 
 Teacher = tuple[MultiHead, Mapping[str, Tensor]]
 """The original's layer and its weights."""
@@ -91,7 +95,8 @@ def fit_layer(
         teacher: The original's layer.
         model: The student's layer.
         max_iterations: Bound on the iterations, all rounds together.
-        max_seconds: Bound on their time.
+        max_seconds: Bound on the time of the start and the iterations, unless making the start
+            takes more than two thirds of it.
         seed: Seed of the fit.
         saved: The dtype that the weights are saved in.
         progress: Called with the iteration and the relative error.
@@ -103,8 +108,18 @@ def fit_layer(
         KeyboardInterrupt: If it was interrupted: no half-done fit counts as done.
     """
     original, weights = teacher
-    scored = sample(problem, SCORED_ROWS)
-    best = best_start(scored, original, weights, model, fit_pairs=max_iterations > 0)
+    began = time.perf_counter()
+    best = best_start(
+        sample(problem, SCORED_ROWS),
+        original,
+        weights,
+        model,
+        fit_pairs=max_iterations > 0,
+        max_seconds=None if max_seconds is None else PAIRS_SHARE * max_seconds,
+    )
+    if max_seconds is not None:
+        spent = time.perf_counter() - began
+        max_seconds = max(max_seconds - spent, PAIRS_SHARE * max_seconds)
 
     def observe(record: IterationRecord) -> None:
         if progress is not None:

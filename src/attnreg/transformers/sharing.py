@@ -19,6 +19,8 @@ Heuristic: the numbers of steps and directions, measured on real layers (docs/th
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -92,6 +94,7 @@ def sharing_losses(
     members: Sequence[Sequence[int]],
     *,
     steps: int = STEPS,
+    max_seconds: float | None = None,
 ) -> Tensor:
     """The loss of each pair after a short fit.
 
@@ -101,6 +104,8 @@ def sharing_losses(
         pairs: A layer with a key/value head for each pair, and the start; its readout is not used.
         members: Query heads of the original that each pair stands for, equally many.
         steps: Of each fit.
+        max_seconds: Bound on the time of all steps; with fewer steps losses are less like those of
+            a fit.
 
     Returns:
         The sum of squares that each pair leaves over all rows, float64.
@@ -109,12 +114,12 @@ def sharing_losses(
     count = len(members)
     features = model.layout(problem).features // count
     at_once = max(1, COLUMNS // features)
+    parts = [range(i, min(count, i + at_once)) for i in range(0, count, at_once)]
     losses = []
-    for first in range(0, count, at_once):
-        chosen = range(first, min(count, first + at_once))
+    for chosen in parts:
         part = _part(model, weights, count, chosen)
         fits = PairFits(problem, original, part, members[chosen.start : chosen.stop])
-        fits.run(steps)
+        fits.run(steps, math.inf if max_seconds is None else max_seconds / len(parts))
         losses.append(fits.losses())
     return torch.cat(losses)
 
@@ -170,16 +175,25 @@ class PairFits:
         self._gram: Tensor | None = None
         self._right: Tensor | None = None
 
-    def run(self, steps: int) -> None:
-        """Takes some steps, at a rate that falls to zero with the last."""
+    def run(self, steps: int, max_seconds: float = math.inf) -> None:
+        """Takes some steps, at a rate that falls to zero with the last or at the end of the time.
+
+        Args:
+            steps: How many at most.
+            max_seconds: Bound on their time.
+        """
+        began = time.perf_counter()
         generator = torch.Generator().manual_seed(0)
         order: list[int] = []
         for step in range(steps):
             order = order or torch.randperm(len(self._batches), generator=generator).tolist()
+            done = max(step / steps, (time.perf_counter() - began) / max_seconds)
+            if done >= 1.0:
+                return
             batch = self._batches[order.pop()]
             every = stride(batch.B.shape[1])
             first = int(torch.randint(every, (), generator=generator))
-            rate = (1.0 - step / steps) * warmed_up(step)
+            rate = (1.0 - done) * warmed_up(step)
             gradient = self.gradient(batch.every(every, first), rate)
             self._steepest.move(self.theta, gradient, rate)
 

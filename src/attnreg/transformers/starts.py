@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import combinations
 
 import torch
@@ -116,6 +117,7 @@ def best_start(
     student: MultiHead,
     *,
     fit_pairs: bool = False,
+    max_seconds: float | None = None,
 ) -> Start:
     """The start with the least measured error after ``W_O`` is solved for.
 
@@ -127,6 +129,7 @@ def best_start(
         fit_pairs: Whether key/value heads are grouped by what short fits of all pairs lose, where
             groups have a choice: the start is then the best one of those groups, which need not be
             the best of all before a fit and is after it. Takes as long as some hundred steps.
+        max_seconds: Bound on the time of these fits, which then have fewer steps.
 
     Returns:
         The start; of equal ones the first tried.
@@ -134,7 +137,8 @@ def best_start(
     Raises:
         ValueError: As :func:`starts`, or if the error of no start is finite.
     """
-    made, notes = _made(problem, teacher, weights, student, fit_pairs=fit_pairs)
+    pairs = partial(_pair_losses, max_seconds=max_seconds) if fit_pairs else None
+    made, notes = _made(problem, teacher, weights, student, pairs)
     tried, solved = {}, {}
     for name, start in made.items():
         error, with_readout = solve_readout(problem, student, start)
@@ -196,20 +200,23 @@ class _Task:
         return mine != theirs or (new and new.frequencies) != (old and old.frequencies)
 
 
+PairLosses = Callable[[_Task], Tensor]
+"""Gives a loss of every two key/value heads."""
+
+
 def _made(
     problem: AttentionProblem,
     teacher: MultiHead,
     weights: Mapping[str, Tensor],
     student: MultiHead,
-    *,
-    fit_pairs: bool = False,
+    pair_losses: PairLosses | None = None,
 ) -> tuple[dict[str, Weights], dict[str, str]]:
-    """The starts, and why others were left out."""
+    """The starts, and why others were left out; ``pair_losses`` adds those of fitted pairs."""
     check_student(problem, teacher, student)
     task = _Task(problem, teacher, weights, student, split_heads(problem, teacher, weights))
     made: dict[str, Weights] = {}
     notes: dict[str, str] = {}
-    for prefix, make_groups in _groupings(task, fit_pairs):
+    for prefix, make_groups in _groupings(task, pair_losses):
         try:
             groups = make_groups()
         except NotApplicable as reason:
@@ -223,7 +230,9 @@ def _made(
     return made, notes
 
 
-def _groupings(task: _Task, fit_pairs: bool) -> Iterator[tuple[str, Callable[[], list[Group]]]]:
+def _groupings(
+    task: _Task, pair_losses: PairLosses | None
+) -> Iterator[tuple[str, Callable[[], list[Group]]]]:
     """Names and makers of the groups that the sizes allow."""
     problem, teacher = task.problem, task.teacher
     heads, kv_heads, _, _ = sizes(problem, teacher)
@@ -260,13 +269,17 @@ def _groupings(task: _Task, fit_pairs: bool) -> Iterator[tuple[str, Callable[[],
         yield "", lambda: served(neighbours)
     if alike != neighbours:
         yield "clustered", lambda: served(alike)
-    if fit_pairs and wanted > 1:
-        yield _FITTED, lambda: served(clusters(_pair_losses(task), wanted))
+    if pair_losses is not None and wanted > 1:
+        yield _FITTED, lambda: served(clusters(pair_losses(task), wanted))
     yield "dropped", dropped
 
 
-def _pair_losses(task: _Task) -> Tensor:
+def _pair_losses(task: _Task, *, max_seconds: float | None = None) -> Tensor:
     """What every two key/value heads lose where they share one, after short fits.
+
+    Args:
+        task: The original and the student.
+        max_seconds: Bound on the time of the fits.
 
     Returns:
         ``(kv_heads, kv_heads)``, 0 on the diagonal.
@@ -287,7 +300,8 @@ def _pair_losses(task: _Task) -> Tensor:
     split = split_heads(problem, teacher, weights)
     start = _pair_weights(_Task(problem, teacher, weights, model, split), groups)
     members = [group.heads for group in groups]
-    losses = sharing_losses(problem, (teacher, weights), (model, start), members)
+    original, begun = (teacher, weights), (model, start)
+    losses = sharing_losses(problem, original, begun, members, max_seconds=max_seconds)
     result = losses.new_zeros(kv_heads, kv_heads)
     for (a, b), loss in zip(pairs, losses, strict=True):
         result[a, b] = result[b, a] = loss
