@@ -10,7 +10,6 @@ from attnreg.problem import AttentionProblem
 from attnreg.solvers import minibatches
 from attnreg.transformers import sharing, starts
 from attnreg.transformers.grouping import clusters
-from attnreg.transformers.headwise import split_heads
 from attnreg.transformers.sharing import PairFits, leading_directions, sharing_losses
 from tests.transformers.test_student_starts import (
     KINDS,
@@ -139,8 +138,7 @@ def test_duplicates_lose_nothing_and_share_a_head(kind):
     copy_head(weights, teacher, 1, 3, kind)
     problem = problem_of(teacher, weights)
     student = layer(8, 2, 4, 3, kind)
-    task = starts._Task(problem, teacher, weights, student, split_heads(problem, teacher, weights))
-    losses = starts._pair_losses(task)
+    losses = starts.pair_losses(problem, teacher, weights, student)
     assert clusters(losses, 2) == [(0, 2), (1, 3)]
     others = [float(losses[a, b]) for a, b in PAIRS if (a, b) not in ((0, 2), (1, 3))]
     # Their start is exact: what is left is how far steps that end after a while have led away.
@@ -161,8 +159,21 @@ def test_the_start_is_of_the_fitted_groups_even_where_another_is_ahead():
     assert {name: e for name, e in start.tried.items() if name not in fitted} == plain.tried
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_groups_of_ones_own_choice_are_those_of_the_clusters(kind):
+    teacher, student = layer(8, 4, 4, 3, kind), layer(8, 2, 4, 3, kind)
+    weights = random_weights(teacher)
+    copy_head(weights, teacher, 0, 2, kind)
+    copy_head(weights, teacher, 1, 3, kind)
+    problem = problem_of(teacher, weights)
+    found = starts.grouped_start(problem, teacher, weights, student, [(0, 2), (1, 3)])
+    expected = starts.starts(problem, teacher, weights, student)["clustered svd"]
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
 def test_nothing_is_fitted_where_there_is_no_choice(monkeypatch):
-    monkeypatch.setattr(starts, "_pair_losses", lambda task, **bound: pytest.fail("fitted"))
+    monkeypatch.setattr(starts, "pair_losses", lambda *given, **bound: pytest.fail("fitted"))
     teacher = layer(4, 2, 4, 3)
     weights = random_weights(teacher)
     problem = problem_of(teacher, weights)
@@ -178,9 +189,7 @@ def test_gauge_changes_no_loss_of_the_start(monkeypatch):
     weights = random_weights(teacher)
     problem = problem_of(teacher, weights)
     found = [
-        starts._pair_losses(
-            starts._Task(problem, teacher, given, student, split_heads(problem, teacher, given))
-        )
+        starts.pair_losses(problem, teacher, given, student)
         for given in (weights, turned(weights, teacher, "bias"))
     ]
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-9)
@@ -214,8 +223,9 @@ def test_a_layer_of_zeros_is_grouped_too():
     teacher, student = layer(6, 6, 4, 3), layer(6, 2, 4, 3)
     weights = {name: 0.0 * w for name, w in random_weights(teacher).items()}
     problem = problem_of(teacher, weights)
-    task = starts._Task(problem, teacher, weights, student, split_heads(problem, teacher, weights))
-    assert torch.equal(starts._pair_losses(task), torch.zeros(6, 6).double())
+    assert torch.equal(
+        starts.pair_losses(problem, teacher, weights, student), torch.zeros(6, 6).double()
+    )
 
 
 @pytest.mark.parametrize("cross", [False, True])

@@ -15,7 +15,7 @@ are those of logits and values, not of the output.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import combinations
@@ -51,6 +51,9 @@ from attnreg.transformers.pooling import Combination, NotApplicable
 from attnreg.transformers.sharing import DIRECTIONS, leading_directions, sharing_losses
 
 Weights = dict[str, Tensor]
+PairLosses = Callable[[AttentionProblem, MultiHead, Mapping[str, Tensor], MultiHead], Tensor]
+"""What :func:`pair_losses` is."""
+
 _DECAYS = (0.0, 1.0, 2.0, 3.0)
 _FITTED = "fitted"
 _POOLINGS: dict[str, Callable[[Tensor, Tensor], Combination]] = {
@@ -137,8 +140,8 @@ def best_start(
     Raises:
         ValueError: As :func:`starts`, or if the error of no start is finite.
     """
-    pairs = partial(_pair_losses, max_seconds=max_seconds) if fit_pairs else None
-    made, notes = _made(problem, teacher, weights, student, pairs)
+    measured = partial(pair_losses, max_seconds=max_seconds) if fit_pairs else None
+    made, notes = _made(problem, teacher, weights, student, measured)
     tried, solved = {}, {}
     for name, start in made.items():
         error, with_readout = solve_readout(problem, student, start)
@@ -152,6 +155,80 @@ def best_start(
     fitted = {name: error for name, error in tried.items() if name.startswith(_FITTED)}
     best = min(fitted or tried, key=lambda name: tried[name])
     return Start(best, solved[best], made[best], tried[best], tried, notes)
+
+
+def pair_losses(
+    problem: AttentionProblem,
+    teacher: MultiHead,
+    weights: Mapping[str, Tensor],
+    student: MultiHead,
+    *,
+    max_seconds: float | None = None,
+) -> Tensor:
+    """What every two key/value heads lose where they share one, after short fits.
+
+    See :mod:`attnreg.transformers.sharing`.
+
+    Args:
+        problem: As for :func:`starts`.
+        teacher: Description of the original layer.
+        weights: Its weights.
+        student: Description of the layer wanted; how many heads it has does not matter.
+        max_seconds: Bound on the time of the fits.
+
+    Returns:
+        ``(kv_heads, kv_heads)`` of the original, 0 on the diagonal, float64.
+    """
+    heads, kv_heads, width, _ = sizes(problem, teacher)
+    _, _, new_width, new_value_width = sizes(problem, student)
+    problem, weights = leading_directions(problem, teacher, weights, DIRECTIONS * width)
+    repeats, pairs = heads // kv_heads, list(combinations(range(kv_heads), 2))
+    model = replace(
+        student,
+        heads=2 * repeats * len(pairs),
+        kv_heads=len(pairs),
+        head_dim=new_width,
+        v_head_dim=new_value_width,
+    )
+    split = split_heads(problem, teacher, weights)
+    groups = [_whole(pair, repeats) for pair in pairs]
+    begun = model, _group_weights(_Task(problem, teacher, weights, model, split), groups)
+    members = [group.heads for group in groups]
+    original = teacher, weights
+    losses = sharing_losses(problem, original, begun, members, max_seconds=max_seconds)
+    result = losses.new_zeros(kv_heads, kv_heads)
+    for (a, b), loss in zip(pairs, losses, strict=True):
+        result[a, b] = result[b, a] = loss
+    return result
+
+
+def grouped_start(
+    problem: AttentionProblem,
+    teacher: MultiHead,
+    weights: Mapping[str, Tensor],
+    student: MultiHead,
+    members: Sequence[tuple[int, ...]],
+) -> Weights:
+    """The start of groups of one's own choice, each with its best common key and value.
+
+    Args:
+        problem: As for :func:`starts`.
+        teacher: Description of the original layer.
+        weights: Its weights.
+        student: Description of the layer wanted, with all query heads of the original.
+        members: Key/value heads of each group, of equal numbers.
+
+    Returns:
+        The student's weights, not yet with a solved ``W_O``.
+    """
+    heads, kv_heads, _, _ = sizes(problem, teacher)
+    task = _Task(problem, teacher, weights, student, split_heads(problem, teacher, weights))
+    return _group_weights(task, [_whole(group, heads // kv_heads) for group in members])
+
+
+def _whole(members: tuple[int, ...], repeats: int) -> Group:
+    """A group with all query heads of its members."""
+    return Group(members, tuple(g * repeats + r for g in members for r in range(repeats)))
 
 
 def solve_readout(
@@ -200,23 +277,19 @@ class _Task:
         return mine != theirs or (new and new.frequencies) != (old and old.frequencies)
 
 
-PairLosses = Callable[[_Task], Tensor]
-"""Gives a loss of every two key/value heads."""
-
-
 def _made(
     problem: AttentionProblem,
     teacher: MultiHead,
     weights: Mapping[str, Tensor],
     student: MultiHead,
-    pair_losses: PairLosses | None = None,
+    measured: PairLosses | None = None,
 ) -> tuple[dict[str, Weights], dict[str, str]]:
-    """The starts, and why others were left out; ``pair_losses`` adds those of fitted pairs."""
+    """The starts, and why others were left out; ``measured`` adds those of fitted pairs."""
     check_student(problem, teacher, student)
     task = _Task(problem, teacher, weights, student, split_heads(problem, teacher, weights))
     made: dict[str, Weights] = {}
     notes: dict[str, str] = {}
-    for prefix, make_groups in _groupings(task, pair_losses):
+    for prefix, make_groups in _groupings(task, measured):
         try:
             groups = make_groups()
         except NotApplicable as reason:
@@ -231,7 +304,7 @@ def _made(
 
 
 def _groupings(
-    task: _Task, pair_losses: PairLosses | None
+    task: _Task, measured: PairLosses | None
 ) -> Iterator[tuple[str, Callable[[], list[Group]]]]:
     """Names and makers of the groups that the sizes allow."""
     problem, teacher = task.problem, task.teacher
@@ -269,47 +342,14 @@ def _groupings(
         yield "", lambda: served(neighbours)
     if alike != neighbours:
         yield "clustered", lambda: served(alike)
-    if pair_losses is not None and wanted > 1:
-        yield _FITTED, lambda: served(clusters(pair_losses(task), wanted))
+    if measured is not None and wanted > 1:
+        given = problem, teacher, task.weights, task.student
+        yield _FITTED, lambda: served(clusters(measured(*given), wanted))
     yield "dropped", dropped
 
 
-def _pair_losses(task: _Task, *, max_seconds: float | None = None) -> Tensor:
-    """What every two key/value heads lose where they share one, after short fits.
-
-    Args:
-        task: The original and the student.
-        max_seconds: Bound on the time of the fits.
-
-    Returns:
-        ``(kv_heads, kv_heads)``, 0 on the diagonal.
-    """
-    problem, teacher, weights = task.problem, task.teacher, task.weights
-    heads, kv_heads, width, _ = sizes(problem, teacher)
-    _, _, new_width, new_value_width = sizes(problem, task.student)
-    problem, weights = leading_directions(problem, teacher, weights, DIRECTIONS * width)
-    repeats, pairs = heads // kv_heads, list(combinations(range(kv_heads), 2))
-    groups = [Group(p, tuple(g * repeats + r for g in p for r in range(repeats))) for p in pairs]
-    model = replace(
-        task.student,
-        heads=2 * repeats * len(pairs),
-        kv_heads=len(pairs),
-        head_dim=new_width,
-        v_head_dim=new_value_width,
-    )
-    split = split_heads(problem, teacher, weights)
-    start = _pair_weights(_Task(problem, teacher, weights, model, split), groups)
-    members = [group.heads for group in groups]
-    original, begun = (teacher, weights), (model, start)
-    losses = sharing_losses(problem, original, begun, members, max_seconds=max_seconds)
-    result = losses.new_zeros(kv_heads, kv_heads)
-    for (a, b), loss in zip(pairs, losses, strict=True):
-        result[a, b] = result[b, a] = loss
-    return result
-
-
-def _pair_weights(task: _Task, groups: list[Group]) -> Weights:
-    """Where the pairs begin: the best common key and value, or mean ones where norms forbid it."""
+def _group_weights(task: _Task, groups: list[Group]) -> Weights:
+    """The best common key and value of each group, or the mean ones where norms forbid those."""
     decay = next(decay for _, _, decay in _ways(task, "", groups))
     try:
         return _weights(task, groups, "svd", decay)
