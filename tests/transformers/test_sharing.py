@@ -10,7 +10,13 @@ from attnreg.problem import AttentionProblem
 from attnreg.solvers import minibatches
 from attnreg.transformers import sharing, starts
 from attnreg.transformers.grouping import clusters
-from attnreg.transformers.sharing import PairFits, leading_directions, sharing_losses
+from attnreg.transformers.pooled_layer import grouped_start
+from attnreg.transformers.sharing import (
+    PairFits,
+    leading_directions,
+    pair_losses,
+    sharing_losses,
+)
 from tests.transformers.test_student_starts import (
     KINDS,
     LOSSLESS,
@@ -138,7 +144,7 @@ def test_duplicates_lose_nothing_and_share_a_head(kind):
     copy_head(weights, teacher, 1, 3, kind)
     problem = problem_of(teacher, weights)
     student = layer(8, 2, 4, 3, kind)
-    losses = starts.pair_losses(problem, teacher, weights, student)
+    losses = pair_losses(problem, teacher, weights, student)
     assert clusters(losses, 2) == [(0, 2), (1, 3)]
     others = [float(losses[a, b]) for a, b in PAIRS if (a, b) not in ((0, 2), (1, 3))]
     # Their start is exact: what is left is how far steps that end after a while have led away.
@@ -166,7 +172,7 @@ def test_groups_of_ones_own_choice_are_those_of_the_clusters(kind):
     copy_head(weights, teacher, 0, 2, kind)
     copy_head(weights, teacher, 1, 3, kind)
     problem = problem_of(teacher, weights)
-    found = starts.grouped_start(problem, teacher, weights, student, [(0, 2), (1, 3)])
+    found = grouped_start(problem, teacher, weights, student, [(0, 2), (1, 3)])
     expected = starts.starts(problem, teacher, weights, student)["clustered svd"]
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)
@@ -183,13 +189,13 @@ def test_nothing_is_fitted_where_there_is_no_choice(monkeypatch):
 
 def test_gauge_changes_no_loss_of_the_start(monkeypatch):
     monkeypatch.setattr(
-        starts, "sharing_losses", lambda *given, **bound: sharing_losses(*given, steps=0)
+        sharing, "sharing_losses", lambda *given, **bound: sharing_losses(*given, steps=0)
     )
     teacher, student = layer(8, 4, 4, 3), layer(8, 2, 4, 3)
     weights = random_weights(teacher)
     problem = problem_of(teacher, weights)
     found = [
-        starts.pair_losses(problem, teacher, given, student)
+        pair_losses(problem, teacher, given, student)
         for given in (weights, turned(weights, teacher, "bias"))
     ]
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-9)
@@ -223,9 +229,7 @@ def test_a_layer_of_zeros_is_grouped_too():
     teacher, student = layer(6, 6, 4, 3), layer(6, 2, 4, 3)
     weights = {name: 0.0 * w for name, w in random_weights(teacher).items()}
     problem = problem_of(teacher, weights)
-    assert torch.equal(
-        starts.pair_losses(problem, teacher, weights, student), torch.zeros(6, 6).double()
-    )
+    assert torch.equal(pair_losses(problem, teacher, weights, student), torch.zeros(6, 6).double())
 
 
 @pytest.mark.parametrize("cross", [False, True])

@@ -23,6 +23,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ from attnreg.problem import AttentionProblem
 from attnreg.solvers.minibatches import features_of, minibatches, stride
 from attnreg.solvers.steepest import ScaledInputs, Steepest
 from attnreg.solvers.stochastic import step_rates, warmed_up
+from attnreg.transformers.headwise import sizes, split_heads
+from attnreg.transformers.pooled_layer import Task, group_weights, whole_group
 
 STEPS = 100
 FASTER = 2.0
@@ -54,6 +57,49 @@ COLUMNS = 8192
 
 Layer = tuple[MultiHead, Mapping[str, Tensor]]
 """A layer and its weights."""
+
+
+def pair_losses(
+    problem: AttentionProblem,
+    teacher: MultiHead,
+    weights: Mapping[str, Tensor],
+    student: MultiHead,
+    *,
+    max_seconds: float | None = None,
+) -> Tensor:
+    """What every two key/value heads lose where they share one, after short fits.
+
+    Args:
+        problem: The layer's inputs; a sample of them will do.
+        teacher: Description of the original layer.
+        weights: Its weights.
+        student: Description of the layer wanted; how many heads it has does not matter.
+        max_seconds: Bound on the time of the fits.
+
+    Returns:
+        ``(kv_heads, kv_heads)`` of the original, 0 on the diagonal, float64.
+    """
+    heads, kv_heads, width, _ = sizes(problem, teacher)
+    _, _, new_width, new_value_width = sizes(problem, student)
+    problem, weights = leading_directions(problem, teacher, weights, DIRECTIONS * width)
+    repeats, pairs = heads // kv_heads, list(combinations(range(kv_heads), 2))
+    model = replace(
+        student,
+        heads=2 * repeats * len(pairs),
+        kv_heads=len(pairs),
+        head_dim=new_width,
+        v_head_dim=new_value_width,
+    )
+    split = split_heads(problem, teacher, weights)
+    groups = [whole_group(pair, repeats) for pair in pairs]
+    begun = model, group_weights(Task(problem, teacher, weights, model, split), groups)
+    members = [group.heads for group in groups]
+    original = teacher, weights
+    losses = sharing_losses(problem, original, begun, members, max_seconds=max_seconds)
+    result = losses.new_zeros(kv_heads, kv_heads)
+    for (a, b), loss in zip(pairs, losses, strict=True):
+        result[a, b] = result[b, a] = loss
+    return result
 
 
 def leading_directions(

@@ -1,7 +1,8 @@
 """A student's starts from the weights of the original layer.
 
 A start is a choice of three parts. *Grouping*: which key/value heads one of the student stands for
-(neighbours; ``clustered``: those that are alike; ``dropped``: the most important stay alone).
+(neighbours; ``clustered``: those that are alike; ``fitted``: those that lose least by sharing one
+after a fit, :mod:`attnreg.transformers.sharing`; ``dropped``: the most important stay alone).
 *Pooling* of each group's keys and values: ``mean``, ``first``, ``aligned``, ``svd``
 (:mod:`attnreg.transformers.pooling`). *Truncation* to narrower heads: the best of that width
 (``svd``; with rotary embedding ``1/d^p`` names the weight of a distance, see
@@ -9,16 +10,17 @@ A start is a choice of three parts. *Grouping*: which key/value heads one of the
 heads in excess are dropped by measured contribution (:mod:`attnreg.transformers.grouping`).
 
 Which start is best is measured, with ``W_O`` solved by least squares, as the metrics that make them
-are those of logits and values, not of the output.
+are those of logits and values, not of the output. For groups before a fit that is the wrong
+measure, as starts of equal error end far apart: where ``fitted`` groups are asked for they are
+taken, and only their pooling is measured so.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -26,41 +28,22 @@ from torch import Tensor
 from attnreg.models import Features, MultiHead
 from attnreg.problem import AttentionProblem
 from attnreg.readout import NormalEquations
-from attnreg.transformers import pooling
-from attnreg.transformers.frequencies import matched, transfer
 from attnreg.transformers.grouping import (
     Contributions,
     Group,
-    by_kv_head,
     clusters,
     distances,
     with_heads,
 )
-from attnreg.transformers.headwise import (
-    Family,
-    Split,
-    check_student,
-    join_heads,
-    norm_of,
-    rotary_of,
-    sizes,
-    split_heads,
-    turning_width,
-)
-from attnreg.transformers.pooling import Combination, NotApplicable
-from attnreg.transformers.sharing import DIRECTIONS, leading_directions, sharing_losses
+from attnreg.transformers.headwise import check_student, rotary_of, sizes, split_heads
+from attnreg.transformers.pooled_layer import DECAYS, POOLINGS, Task, Weights, pooled_weights
+from attnreg.transformers.pooling import NotApplicable
+from attnreg.transformers.sharing import pair_losses
 
-Weights = dict[str, Tensor]
 PairLosses = Callable[[AttentionProblem, MultiHead, Mapping[str, Tensor], MultiHead], Tensor]
-"""What :func:`pair_losses` is."""
+"""What :func:`attnreg.transformers.sharing.pair_losses` is."""
 
-_DECAYS = (0.0, 1.0, 2.0, 3.0)
 _FITTED = "fitted"
-_POOLINGS: dict[str, Callable[[Tensor, Tensor], Combination]] = {
-    "mean": pooling.mean,
-    "first": pooling.first,
-    "aligned": pooling.aligned,
-}
 
 
 @dataclass(frozen=True)
@@ -157,80 +140,6 @@ def best_start(
     return Start(best, solved[best], made[best], tried[best], tried, notes)
 
 
-def pair_losses(
-    problem: AttentionProblem,
-    teacher: MultiHead,
-    weights: Mapping[str, Tensor],
-    student: MultiHead,
-    *,
-    max_seconds: float | None = None,
-) -> Tensor:
-    """What every two key/value heads lose where they share one, after short fits.
-
-    See :mod:`attnreg.transformers.sharing`.
-
-    Args:
-        problem: As for :func:`starts`.
-        teacher: Description of the original layer.
-        weights: Its weights.
-        student: Description of the layer wanted; how many heads it has does not matter.
-        max_seconds: Bound on the time of the fits.
-
-    Returns:
-        ``(kv_heads, kv_heads)`` of the original, 0 on the diagonal, float64.
-    """
-    heads, kv_heads, width, _ = sizes(problem, teacher)
-    _, _, new_width, new_value_width = sizes(problem, student)
-    problem, weights = leading_directions(problem, teacher, weights, DIRECTIONS * width)
-    repeats, pairs = heads // kv_heads, list(combinations(range(kv_heads), 2))
-    model = replace(
-        student,
-        heads=2 * repeats * len(pairs),
-        kv_heads=len(pairs),
-        head_dim=new_width,
-        v_head_dim=new_value_width,
-    )
-    split = split_heads(problem, teacher, weights)
-    groups = [_whole(pair, repeats) for pair in pairs]
-    begun = model, _group_weights(_Task(problem, teacher, weights, model, split), groups)
-    members = [group.heads for group in groups]
-    original = teacher, weights
-    losses = sharing_losses(problem, original, begun, members, max_seconds=max_seconds)
-    result = losses.new_zeros(kv_heads, kv_heads)
-    for (a, b), loss in zip(pairs, losses, strict=True):
-        result[a, b] = result[b, a] = loss
-    return result
-
-
-def grouped_start(
-    problem: AttentionProblem,
-    teacher: MultiHead,
-    weights: Mapping[str, Tensor],
-    student: MultiHead,
-    members: Sequence[tuple[int, ...]],
-) -> Weights:
-    """The start of groups of one's own choice, each with its best common key and value.
-
-    Args:
-        problem: As for :func:`starts`.
-        teacher: Description of the original layer.
-        weights: Its weights.
-        student: Description of the layer wanted, with all query heads of the original.
-        members: Key/value heads of each group, of equal numbers.
-
-    Returns:
-        The student's weights, not yet with a solved ``W_O``.
-    """
-    heads, kv_heads, _, _ = sizes(problem, teacher)
-    task = _Task(problem, teacher, weights, student, split_heads(problem, teacher, weights))
-    return _group_weights(task, [_whole(group, heads // kv_heads) for group in members])
-
-
-def _whole(members: tuple[int, ...], repeats: int) -> Group:
-    """A group with all query heads of its members."""
-    return Group(members, tuple(g * repeats + r for g in members for r in range(repeats)))
-
-
 def solve_readout(
     problem: AttentionProblem, model: MultiHead, weights: Mapping[str, Tensor]
 ) -> tuple[float, Weights]:
@@ -258,25 +167,6 @@ def solve_readout(
 # ---------------------------------------------------------------------- the choices
 
 
-@dataclass(frozen=True)
-class _Task:
-    """A teacher, a student and what both are on the problem."""
-
-    problem: AttentionProblem
-    teacher: MultiHead
-    weights: Mapping[str, Tensor]
-    student: MultiHead
-    split: Split
-
-    @property
-    def narrower(self) -> bool:
-        """Whether the student's heads are narrower, or turn by other frequencies."""
-        problem, teacher, student = self.problem, self.teacher, self.student
-        mine, theirs = (sizes(problem, model)[2:] for model in (student, teacher))
-        old, new = rotary_of(teacher), rotary_of(student)
-        return mine != theirs or (new and new.frequencies) != (old and old.frequencies)
-
-
 def _made(
     problem: AttentionProblem,
     teacher: MultiHead,
@@ -286,7 +176,7 @@ def _made(
 ) -> tuple[dict[str, Weights], dict[str, str]]:
     """The starts, and why others were left out; ``measured`` adds those of fitted pairs."""
     check_student(problem, teacher, student)
-    task = _Task(problem, teacher, weights, student, split_heads(problem, teacher, weights))
+    task = Task(problem, teacher, weights, student, split_heads(problem, teacher, weights))
     made: dict[str, Weights] = {}
     notes: dict[str, str] = {}
     for prefix, make_groups in _groupings(task, measured):
@@ -297,14 +187,14 @@ def _made(
             continue
         for name, pool, decay in _ways(task, prefix, groups):
             try:
-                made[name] = _weights(task, groups, pool, decay)
+                made[name] = pooled_weights(task, groups, pool, decay)
             except NotApplicable as reason:
                 notes[name] = str(reason)
     return made, notes
 
 
 def _groupings(
-    task: _Task, measured: PairLosses | None
+    task: Task, measured: PairLosses | None
 ) -> Iterator[tuple[str, Callable[[], list[Group]]]]:
     """Names and makers of the groups that the sizes allow."""
     problem, teacher = task.problem, task.teacher
@@ -348,17 +238,8 @@ def _groupings(
     yield "dropped", dropped
 
 
-def _group_weights(task: _Task, groups: list[Group]) -> Weights:
-    """The best common key and value of each group, or the mean ones where norms forbid those."""
-    decay = next(decay for _, _, decay in _ways(task, "", groups))
-    try:
-        return _weights(task, groups, "svd", decay)
-    except NotApplicable:
-        return _weights(task, groups, "mean", decay)
-
-
 def _ways(
-    task: _Task, prefix: str, groups: list[Group]
+    task: Task, prefix: str, groups: list[Group]
 ) -> Iterator[tuple[str, str | None, float | None]]:
     """Name, pooling (None: heads stay alone), decay of distances (None: pairs are selected)."""
     alone = all(len(group.members) == 1 for group in groups)
@@ -366,129 +247,13 @@ def _ways(
     old, new = rotary_of(task.teacher), rotary_of(task.student)
     decays: list[float | None] = [0.0]
     if old and new and old.frequencies != new.frequencies:
-        decays = [*_DECAYS, None] if alone else [_DECAYS[-2]]
+        decays = [*DECAYS, None] if alone else [DECAYS[-2]]
     for decay in decays:
         suffix = "pairs" if decay is None else f"1/d^{decay:g}" if decay else ""
-        for pool in [None] if alone else [*_POOLINGS, "svd"]:
+        for pool in [None] if alone else [*POOLINGS, "svd"]:
             if pool is None and not task.narrower:
                 name = prefix or ("dropped" if fewer else "original")
             else:
                 words = [prefix, pool or ("" if decay is None else "svd"), suffix]
                 name = " ".join(word for word in words if word)
             yield name, pool, decay
-
-
-# ---------------------------------------------------------------------- one start
-
-
-def _weights(task: _Task, groups: list[Group], pool: str | None, decay: float | None) -> Weights:
-    """The student's weights for one choice."""
-    problem, split, student = task.problem, task.split, task.student
-    norms = norm_of(task.teacher) is not None
-    if norms and (task.narrower or pool in ("aligned", "svd")):
-        raise NotApplicable("norms of queries and keys leave no gauge to pool or truncate in")
-    _, _, width, value_width = sizes(problem, student)
-    rotary = rotary_of(student)
-    plain_width = width - turning_width(rotary)
-    factors = []
-    for family, target, turning in (
-        (split.turning, None, True),
-        (split.plain, plain_width, False),
-        (split.values, value_width, False),
-    ):
-        parts = []
-        for group in groups:
-            grams = _grams(family, group)
-            scales = _scales(task, *grams, decay) if turning else None
-            made = _combined(*grams, pool, target, scales)
-            parts.append(_applied(family, group, made))
-        factors += [torch.cat([left for left, _ in parts]), torch.stack([r for _, r in parts])]
-    gains = dict(split.gains)
-    if norms:
-        ratio = task.teacher.logit_scale(problem) / student.logit_scale(problem)
-        gains["g_Q"] = gains["g_Q"] * ratio
-    constant = _constant(split, groups, factors[4], factors[5])
-    return join_heads(problem, student, tuple(factors), constant, gains)  # type: ignore[arg-type]
-
-
-def _grams(family: Family, group: Group) -> tuple[Tensor, Tensor]:
-    """Gram matrices ``B`` and ``A`` of the members, ``A`` over the query heads that stay."""
-    members = list(group.members)
-    repeats = len(family.left) // len(family.right)
-    left = torch.zeros_like(by_kv_head(family)[members])
-    for head in group.heads:
-        left[members.index(head // repeats)] += family.left_gram[head]
-    return family.right_gram[members][:, members], left
-
-
-def _combined(
-    right: Tensor, left: Tensor, pool: str | None, rank: int | None, scales: Tensor | None
-) -> Combination:
-    """Pooling and truncation of one group's family.
-
-    Args:
-        right: ``B``.
-        left: ``A``.
-        pool: Its name; None where there is one member.
-        rank: Columns wanted of a family that does not turn.
-        scales: ``(new columns, columns)`` of one that turns.
-
-    Returns:
-        The coefficients.
-    """
-    width = left.shape[-1]
-    if scales is None:
-        assert rank is not None
-        if rank == 0:
-            return pooling.truncated(right, left, 0)
-        if pool == "svd" or (pool is None and rank < width):
-            return pooling.truncated(right, left, rank)
-        made = _POOLINGS[pool or "mean"](right, left)
-        if rank == width:
-            return made
-        return made.then(pooling.truncated(*pooling.moments_of(right, left, made), rank))
-    same = torch.equal(scales, torch.eye(width, dtype=scales.dtype, device=scales.device))
-    if pool == "svd" or (pool is None and not same):
-        return pooling.ranks_one(right, left, scales)
-    made = pooling.by_column(right, left, _POOLINGS[pool or "mean"])
-    if same:
-        return made
-    return made.then(pooling.ranks_one(*pooling.moments_of(right, left, made), scales))
-
-
-def _scales(task: _Task, right: Tensor, left: Tensor, decay: float | None) -> Tensor:
-    """By how much each original pair enters each of the student's."""
-    old, new = rotary_of(task.teacher), rotary_of(task.student)
-    if old is None or new is None:
-        return left.new_zeros(0, 0)
-    if old.frequencies == new.frequencies:
-        return torch.eye(len(old.frequencies), dtype=left.dtype, device=left.device)
-    if decay is not None:
-        return transfer(task.problem, old, new, decay)
-    own = right.diagonal(dim1=0, dim2=1).permute(2, 0, 1).diagonal(dim1=1, dim2=2).real
-    energy = (left.diagonal(dim1=1, dim2=2).real * own).sum(0)
-    return matched(task.problem, old, new, energy)
-
-
-def _applied(family: Family, group: Group, made: Combination) -> tuple[Tensor, Tensor]:
-    """The left factors of the group's query heads and its right factor."""
-    members = list(group.members)
-    repeats = len(family.left) // len(family.right)
-    heads = list(group.heads)
-    own = [members.index(head // repeats) for head in heads]
-    return family.left[heads] @ made.left[own], (family.right[members] @ made.right).sum(0)
-
-
-def _constant(split: Split, groups: list[Group], left: Tensor, right: Tensor) -> Tensor | None:
-    """``b_O`` with what the values' biases gave before and no longer give."""
-    if split.constant is None:
-        return None
-    repeats = len(split.values.left) // len(split.values.right)
-    constant = split.constant.clone()
-    position = 0
-    for group, new in zip(groups, right, strict=True):
-        for head in group.heads:
-            constant += split.values.left[head] @ split.values.right[head // repeats][-1]
-            constant -= left[position] @ new[-1]
-            position += 1
-    return constant
