@@ -228,9 +228,20 @@ def our_longer_fit(bed: Bed, seconds: float) -> dict[str, Any]:
     return {"seconds": trace.total_seconds, "errors": bed.errors(trace.weights)}
 
 
-def verdicts(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """How much sooner attnreg is at each target's validation error, and the errors at the end."""
-    ours, rows = layer["rows"].get(OURS.name), layer["rows"]
+def verdicts(
+    layer: Mapping[str, Any], others: Mapping[str, Any] | None = None, spent: float = 0.0
+) -> dict[str, Any]:
+    """How much sooner attnreg is at each target's validation error, and the errors at the end.
+
+    Args:
+        layer: The layer with attnreg's row.
+        others: The one with the peers' rows; None: the same.
+        spent: Seconds that attnreg's start took, where they count.
+
+    Returns:
+        By target. attnreg's end is the last one within the target's seconds.
+    """
+    ours, rows = layer["rows"].get(OURS.name), (layer if others is None else others)["rows"]
     found_: dict[str, Any] = {}
     for target, names in TARGETS.items():
         there = [rows[name] for name in names if name in rows]
@@ -238,14 +249,18 @@ def verdicts(layer: Mapping[str, Any]) -> dict[str, Any]:
             continue
         best = min(there, key=lambda row: row["errors"]["validation"])
         bound, budget = best["errors"]["validation"], best["seconds"]
-        seconds = next((s for s, errors in ours["curve"] if errors["validation"] <= bound), None)
+        curve = [(spent + s, errors["validation"]) for s, errors in ours["curve"]]
+        seconds = next((s for s, error in curve if error <= bound), None)
+        end = ours["errors"]["validation"]
+        if spent:
+            end = next(error for s, error in reversed(curve) if s <= max(budget, curve[0][0]))
         found_[target] = {
             "setting": best["setting"],
             "validation": bound,
             "seconds": seconds,
             "sooner": None if seconds is None else budget / seconds,
-            "ours_at_the_end": ours["errors"]["validation"],
-            "lower_at_the_end": 1 - ours["errors"]["validation"] / bound,
+            "ours_at_the_end": end,
+            "lower_at_the_end": 1 - end / bound,
         }
     return found_
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import profiles
+from benchmarks import large_layers, profiles
 from benchmarks.common import console, results_of, show
 from benchmarks.peers import OURS
 
@@ -187,9 +187,22 @@ def layer_tables(content: Mapping[str, Any], tier: str) -> str:
     ]
     if tier != "quick":
         head.append(f"![validation error against time]({picture('large_layers', tier)})")
+    pooled = read("large_layers", "large") if tier == large_layers.BEST_START else None
     for name, layer in content["layers"].items():
         head += _layer_parts(name, layer)
+        if pooled is not None and name in pooled["layers"]:
+            head.append(_across(layer, pooled["layers"][name]))
     return "\n\n".join(part for part in head if part)
+
+
+def _across(layer: Mapping[str, Any], pooled: Mapping[str, Any]) -> str:
+    """attnreg from its own start, the making of that on the clock, and peers from pooled heads."""
+    spent = layer["start_made"]["seconds"]
+    found = large_layers.verdicts(layer, pooled, spent)
+    lines = [f"- {_verdict(target, entry)}" for target, entry in found.items()]
+    return "\n".join(
+        [f"Peers from mean-pooled heads, attnreg with the {show(spent)} s of its start:", *lines]
+    )
 
 
 def _layer_parts(name: str, layer: Mapping[str, Any]) -> list[str]:

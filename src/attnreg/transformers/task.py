@@ -40,9 +40,9 @@ class Options:
         final_steps: Steps of the final pass over the whole model; 0: it is left out. None: as
             :attr:`Task.final_steps` says.
         max_iterations: Bound on the iterations of each fit.
-        max_seconds: Bound on the time of all fits, each of which gets the same share, and of the
-            final pass; sampling text, making starts and running the model are not counted. With it
-            a conversion is not reproducible to the bit.
+        max_seconds: Bound on the time of all fits, each of which gets the same share and makes its
+            start in a part of that, and of the final pass; sampling text and running the model are
+            not counted. With it a conversion is not reproducible to the bit.
         seed: Seed of the fits, of sampled text and of the final pass.
         dtype: Name of the dtype to save in; None: the original's.
         device: Where to compute.
