@@ -28,7 +28,7 @@ from attnreg.transformers.grouping import clusters, distances
 from attnreg.transformers.headwise import split_heads
 from attnreg.transformers.layer_fit import SCORED_ROWS, sample
 from attnreg.transformers.pooled_layer import grouped_start
-from attnreg.transformers.sharing import pair_losses
+from attnreg.transformers.sharing import ROWS, pair_losses
 from attnreg.transformers.starts import solve_readout
 from benchmarks.common import (
     Clock,
@@ -83,12 +83,14 @@ def random_groups(number: int) -> Members:
     return sorted(tuple(sorted(heads[i : i + size])) for i in range(0, len(heads), size))
 
 
-def groupings(few: AttentionProblem, layer: Layer, count: int) -> tuple[dict[str, Members], float]:
+def groupings(
+    problem: AttentionProblem, few: AttentionProblem, layer: Layer, count: int
+) -> tuple[dict[str, Members], float]:
     """All groupings by name, and the seconds that the pairs' fits took."""
     weights = {name: layer.weights[name] for name in WEIGHTS}
     size = ORIGINAL.heads // KV_HEADS
     clock = Clock()
-    losses = pair_losses(few, ORIGINAL, weights, STUDENT)
+    losses = pair_losses(sample(problem, ROWS), ORIGINAL, weights, STUDENT)
     seconds = clock.seconds()
     found = {
         "neighbours": [tuple(range(i, i + size)) for i in range(0, ORIGINAL.heads, size)],
@@ -139,8 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         third = third_text(layer, number, tier.scored, tier.tokens)
         texts = dict(zip(SCORED, (layer.train, layer.held_out, third), strict=True))
         bed = Bed(layer.pooled, texts)
-        few = sample(bed.fitted.attention(), SCORED_ROWS)
-        members, seconds = groupings(few, layer, setting.random)
+        problem = bed.fitted.attention()
+        few = sample(problem, SCORED_ROWS)
+        members, seconds = groupings(problem, few, layer, setting.random)
         for name, groups in members.items():
             content["layers"] = resumed(path, content, "layers")
             found = content["layers"].setdefault(f"layer {number}", {"rows": {}})

@@ -7,6 +7,7 @@ import attnreg
 from attnreg.judging import ENOUGH
 from attnreg.result import relative_error
 from attnreg.transformers.layer_fit import fit_layer, sample
+from attnreg.transformers.sharing import ROWS
 from attnreg.transformers.starts import best_start
 
 TEACHER = attnreg.MultiHead(heads=4, kv_heads=4, head_dim=2, bias=False)
@@ -53,7 +54,7 @@ def test_the_fit_is_never_worse_held_out_than_its_start(sequences, few):
     assert few == (fitted.n_rows * 8 < ENOUGH * sum(w.numel() for w in found.weights.values()))
     assert len(found.path) == 1
     assert few or (found.ridge, found.center) == (0.0, "")
-    init = best_start(fitted, TEACHER, weights, STUDENT, fit_pairs=True)
+    init = best_start(fitted, TEACHER, weights, STUDENT, pairs=sample(fitted, ROWS))
     init = init.unsolved if few else init.weights  # what little data are pulled towards
     rounded = {name: value.bfloat16().float() for name, value in init.items()}
     start_error = relative_error(held_out, STUDENT, rounded)

@@ -21,6 +21,7 @@ from attnreg.problem import AttentionProblem
 from attnreg.records import IterationRecord, Status
 from attnreg.result import relative_error
 from attnreg.transformers.shapes import AttentionShape
+from attnreg.transformers.sharing import ROWS
 from attnreg.transformers.starts import best_start
 from attnreg.transformers.streaming import Blockwise
 
@@ -114,7 +115,7 @@ def fit_layer(
         original,
         weights,
         model,
-        fit_pairs=max_iterations > 0,
+        pairs=sample(problem, ROWS) if max_iterations > 0 else None,
         max_seconds=None if max_seconds is None else PAIRS_SHARE * max_seconds,
     )
     if max_seconds is not None:

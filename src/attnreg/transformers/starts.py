@@ -40,9 +40,6 @@ from attnreg.transformers.pooled_layer import DECAYS, POOLINGS, Task, Weights, p
 from attnreg.transformers.pooling import NotApplicable
 from attnreg.transformers.sharing import pair_losses
 
-PairLosses = Callable[[AttentionProblem, MultiHead, Mapping[str, Tensor], MultiHead], Tensor]
-"""What :func:`attnreg.transformers.sharing.pair_losses` is."""
-
 _FITTED = "fitted"
 
 
@@ -102,7 +99,7 @@ def best_start(
     weights: Mapping[str, Tensor],
     student: MultiHead,
     *,
-    fit_pairs: bool = False,
+    pairs: AttentionProblem | None = None,
     max_seconds: float | None = None,
 ) -> Start:
     """The start with the least measured error after ``W_O`` is solved for.
@@ -112,9 +109,11 @@ def best_start(
         teacher: Description of the original layer.
         weights: Its weights.
         student: Description of the layer wanted.
-        fit_pairs: Whether key/value heads are grouped by what short fits of all pairs lose, where
-            groups have a choice: the start is then the best one of those groups, which need not be
-            the best of all before a fit and is after it. Takes as long as some hundred steps.
+        pairs: Rows of the layer on which all pairs of key/value heads are fitted for a short time,
+            so that those share a head that lose least by it, where groups have a choice. The start
+            is then the best one of these groups: before a fit it need not be the best of all. That
+            takes as long as some hundred steps of a fit. None: groups are chosen by the start's
+            error.
         max_seconds: Bound on the time of these fits, which then have fewer steps.
 
     Returns:
@@ -123,7 +122,9 @@ def best_start(
     Raises:
         ValueError: As :func:`starts`, or if the error of no start is finite.
     """
-    measured = partial(pair_losses, max_seconds=max_seconds) if fit_pairs else None
+    measured = None
+    if pairs is not None:
+        measured = partial(pair_losses, pairs, teacher, weights, student, max_seconds=max_seconds)
     made, notes = _made(problem, teacher, weights, student, measured)
     tried, solved = {}, {}
     for name, start in made.items():
@@ -172,7 +173,7 @@ def _made(
     teacher: MultiHead,
     weights: Mapping[str, Tensor],
     student: MultiHead,
-    measured: PairLosses | None = None,
+    measured: Callable[[], Tensor] | None = None,
 ) -> tuple[dict[str, Weights], dict[str, str]]:
     """The starts, and why others were left out; ``measured`` adds those of fitted pairs."""
     check_student(problem, teacher, student)
@@ -194,7 +195,7 @@ def _made(
 
 
 def _groupings(
-    task: Task, measured: PairLosses | None
+    task: Task, measured: Callable[[], Tensor] | None
 ) -> Iterator[tuple[str, Callable[[], list[Group]]]]:
     """Names and makers of the groups that the sizes allow."""
     problem, teacher = task.problem, task.teacher
@@ -233,8 +234,7 @@ def _groupings(
     if alike != neighbours:
         yield "clustered", lambda: served(alike)
     if measured is not None and wanted > 1:
-        given = problem, teacher, task.weights, task.student
-        yield _FITTED, lambda: served(clusters(measured(*given), wanted))
+        yield _FITTED, lambda: served(clusters(measured(), wanted))
     yield "dropped", dropped
 
 
