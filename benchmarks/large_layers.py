@@ -16,8 +16,9 @@ attnreg, given three times the time: no row, but what is left to gain at the end
 Tier best-start has the start of `attnreg compress` in place of mean-pooled heads, again for
 everybody and off the clock: made from the original's weights and two samples of the rows, its
 key/value heads grouped by fits of pairs, `W_O` solved on all rows. The seconds that it took are
-beside it. Of peers those that came near on tier large, one finalist each, without AdamW, which was
-next to Adam everywhere. Tier gpu has the data of large in a twentieth of its time, and repeats.
+beside it. Of peers those that came near on tier large, with two settings that did best there or in
+trials from this start, without AdamW, which was next to Adam everywhere. Tier gpu has the data of
+large in a twentieth of its time, and repeats.
 
     python -m benchmarks.large_layers --tier large
     python -m benchmarks.large_layers --tier best-start
@@ -34,7 +35,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,15 @@ from benchmarks.peers import OURS, Method, Peer, Trace, found, installed, run
 FRACTIONS = (0.05, 0.1, 0.2, 1 / 3, 2 / 3)  # of the time, beside its end
 SCORED = ("calibration", "validation", "held_out")
 TARGETS = {"the best of Adam, AdamW and Muon": ("Adam", "AdamW", "Muon"), "SOAP": ("SOAP",)}
-BEST_START = "best-start"  # the tier; its peers are those that came near on tier large
-FIRST_ORDER = ("Adam", "Muon", "SOAP")
+BEST_START = "best-start"  # the tier
+BEST_START_SETTINGS = (
+    "Adam (0.001, batch 4)",
+    "Adam (0.002, batch 4)",
+    "Muon (0.002, batch 16)",
+    "Muon (0.004, batch 16)",
+    "SOAP (0.002, batch 16)",
+    "SOAP (0.004, batch 16)",
+)
 LONGER = {"large": 3.0}  # times the time, for one more fit of attnreg
 REPEATED = 30.0  # seconds of a row below which it is repeated
 WARM_UP = 0.5
@@ -247,17 +255,18 @@ def verdicts(
     ours, rows = layer["rows"].get(OURS.name), (layer if others is None else others)["rows"]
     found_: dict[str, Any] = {}
     for target, names in TARGETS.items():
-        there = [rows[name] for name in names if name in rows]
+        there = {name: rows[name] for name in names if name in rows}
         if ours is None or not there:
             continue
-        best = min(there, key=lambda row: row["errors"]["validation"])
+        best = min(there.values(), key=lambda row: row["errors"]["validation"])
         bound, budget = best["errors"]["validation"], best["seconds"]
         curve = [(spent + s, errors["validation"]) for s, errors in ours["curve"]]
         seconds = next((s for s, error in curve if error <= bound), None)
         end = ours["errors"]["validation"]
         if spent:
             end = next(error for s, error in reversed(curve) if s <= max(budget, curve[0][0]))
-        found_[target] = {
+        all_there = len(there) == len(names)
+        found_[target if all_there else f"the best of {' and '.join(there)}"] = {
             "setting": best["setting"],
             "validation": bound,
             "seconds": seconds,
@@ -295,14 +304,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tier = Tier(**{**asdict(TIERS[options.tier]), **_given(options)})
     everybody, missing = installed(found())
     pooled = options.tier != BEST_START
-    peers = [p for p in everybody if p.layers and (not options.only or options.only in p.name)]
-    peers = peers if pooled else [peer for peer in peers if peer.name in FIRST_ORDER]
+    tried = everybody if pooled else tuple(map(_best_start_peer, everybody))
+    peers = [p for p in tried if p.layers and (not options.only or options.only in p.name)]
     path, elsewhere = _place(options)
     content: dict[str, Any] = {
         "machine": machine(),
         "setting": {"tier": options.tier, **asdict(tier), "layers": None, "dtype": "float32"}
         | elsewhere
-        | {"tried": {peer.name: [m.name for m in peer.layers] for peer in everybody}},
+        | {"tried": {peer.name: [m.name for m in peer.layers] for peer in tried}},
         "missing": missing,
         "not_run": {peer.name: peer.why_no_layers for peer in everybody if not peer.layers},
     }
@@ -330,6 +339,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         layer["verdicts"] = verdicts(layer)
         keep()
         print_layer(name, layer)
+
+
+def _best_start_peer(peer: Peer) -> Peer:
+    return replace(peer, layers=tuple(m for m in peer.layers if m.name in BEST_START_SETTINGS))
 
 
 def _write(path: Path, content: dict[str, Any], own: str) -> None:
