@@ -144,16 +144,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         problem = bed.fitted.attention()
         few = sample(problem, SCORED_ROWS)
         members, seconds = groupings(problem, few, layer, setting.random)
+        own, known = f"layer {number}", resumed(path, content, "layers")
+        kept = known.get(own, {"rows": {}})["rows"]
         for name, groups in members.items():
-            content["layers"] = resumed(path, content, "layers")
-            found = content["layers"].setdefault(f"layer {number}", {"rows": {}})
-            found["seconds_of_pairs"] = seconds
-            if name not in found["rows"]:
-                seeds = setting.seeds if name in NAMED else 1
-                found["rows"][name] = row(bed, few, layer, groups, setting, seeds)
-                content["layers"] = dict(sorted(content["layers"].items()))
-                write_json(path, content)
-        _print(f"layer {number}", found)
+            if name in kept:
+                continue
+            seeds = setting.seeds if name in NAMED else 1
+            made = row(bed, few, layer, groups, setting, seeds)
+            layers = resumed(path, content, "layers")  # another run may have added to it
+            found = layers.setdefault(own, {"seconds_of_pairs": seconds, "rows": {}})
+            found["rows"][name] = made
+            content["layers"] = dict(sorted(layers.items()))
+            write_json(path, content)
+        _print(own, resumed(path, content, "layers")[own])
 
 
 def _print(name: str, layer: dict[str, Any]) -> None:

@@ -13,15 +13,9 @@ solved in closed form on the calibration data, also off the clock: the better by
 attnreg is fitted anew for each of these fractions, since it is told its time beforehand; its
 readouts are on the clock, and its seconds are those that it took. Tier large has one more fit of
 attnreg, given three times the time: no row, but what is left to gain at the end of the others.
-Tier best-start has the start of `attnreg compress` in place of mean-pooled heads, again for
-everybody and off the clock: made from the original's weights and two samples of the rows, its
-key/value heads grouped by fits of pairs, `W_O` solved on all rows. The seconds that it took are
-beside it. Of peers those that came near on tier large, with two settings that did best there or in
-trials from this start, without AdamW, which was next to Adam everywhere. Tier gpu has the data of
-large in a twentieth of its time, and repeats.
+Tier gpu has the data of large in a twentieth of its time, and repeats.
 
     python -m benchmarks.large_layers --tier large
-    python -m benchmarks.large_layers --tier best-start
     python -m benchmarks.large_layers --tier gpu --device cuda --precision tf32
 
 Rows in the results file that were made with the same settings on the same machine are kept: an
@@ -35,7 +29,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,31 +51,12 @@ from benchmarks.common import (
     show,
     write_json,
 )
-from benchmarks.layer_problem import (
-    ORIGINAL,
-    STUDENT,
-    WEIGHTS,
-    Bed,
-    Layer,
-    Weights,
-    load_layer,
-    medians,
-    third_text,
-)
+from benchmarks.layer_problem import Bed, load_layer, medians, third_text
 from benchmarks.peers import OURS, Method, Peer, Trace, found, installed, run
 
 FRACTIONS = (0.05, 0.1, 0.2, 1 / 3, 2 / 3)  # of the time, beside its end
 SCORED = ("calibration", "validation", "held_out")
 TARGETS = {"the best of Adam, AdamW and Muon": ("Adam", "AdamW", "Muon"), "SOAP": ("SOAP",)}
-BEST_START = "best-start"  # the tier
-BEST_START_SETTINGS = (
-    "Adam (0.001, batch 4)",
-    "Adam (0.002, batch 4)",
-    "Muon (0.002, batch 16)",
-    "Muon (0.004, batch 16)",
-    "SOAP (0.002, batch 16)",
-    "SOAP (0.004, batch 16)",
-)
 LONGER = {"large": 3.0}  # times the time, for one more fit of attnreg
 REPEATED = 30.0  # seconds of a row below which it is repeated
 WARM_UP = 0.5
@@ -105,46 +80,16 @@ TIERS = {
     "quick": Tier((3,), 32, 16, 2.0, 0.25, 1, 1),
     "bench": Tier((3,), 256, 64, 12.0, 0.15, 1, 3),
     "large": Tier((0, 3, 5), 1088, 128, 120.0, 0.1, 4, 3),
-    BEST_START: Tier((0, 3, 5), 1088, 128, 120.0, 0.1, 1, 3),
     "gpu": Tier((0, 3, 5), 1088, 128, 6.0, 0.1, 2, 3),
 }
 
 
-def load_bed(
-    number: int, tier: Tier, device: str = "cpu", *, pooled: bool = True
-) -> tuple[Bed, dict[str, Any]]:
-    """Captures a layer of the model on all texts, on the CPU, and puts it on a device.
-
-    Args:
-        number: Of the layer.
-        tier: How much is run.
-        device: Where it goes.
-        pooled: Whether the start is mean-pooled heads, or that of `attnreg compress`.
-
-    Returns:
-        The layer, and how its start was made where that is the latter.
-    """
+def load_bed(number: int, tier: Tier, device: str = "cpu") -> Bed:
+    """Captures a layer of the model on all texts, on the CPU, and puts it on a device."""
     layer = load_layer(tier.sequences, tier.scored, tier.tokens, number)
     third = third_text(layer, number, tier.scored, tier.tokens)
-    layer, third = layer.to(device), third.to(device)
-    start, how = layer.pooled, {}
-    if not pooled:
-        start, how = compress_start(layer)
-    return Bed(start, dict(zip(SCORED, (layer.train, layer.held_out, third), strict=True))), how
-
-
-def compress_start(layer: Layer) -> tuple[Weights, dict[str, Any]]:
-    """The weights from which `attnreg compress` fits a layer, and how they were made."""
-    from attnreg.transformers.layer_fit import SCORED_ROWS, sample
-    from attnreg.transformers.sharing import ROWS
-    from attnreg.transformers.starts import best_start, solve_readout
-
-    problem, clock = layer.train.attention(), Clock()
-    weights = {name: layer.weights[name] for name in WEIGHTS}
-    rows, pairs = sample(problem, SCORED_ROWS), sample(problem, ROWS)
-    found = best_start(rows, ORIGINAL, weights, STUDENT, pairs=pairs)
-    start = solve_readout(problem, STUDENT, found.weights)[1]
-    return start, {"name": found.name, "seconds": clock.seconds(), "tried": found.tried}
+    data = (part.to(device) for part in (layer.train, layer.held_out, third))
+    return Bed(layer.to(device).pooled, dict(zip(SCORED, data, strict=True)))
 
 
 # ---------------------------------------------------------------------- rows
@@ -239,40 +184,24 @@ def our_longer_fit(bed: Bed, seconds: float) -> dict[str, Any]:
     return {"seconds": trace.total_seconds, "errors": bed.errors(trace.weights)}
 
 
-def verdicts(
-    layer: Mapping[str, Any], others: Mapping[str, Any] | None = None, spent: float = 0.0
-) -> dict[str, Any]:
-    """How much sooner attnreg is at each target's validation error, and the errors at the end.
-
-    Args:
-        layer: The layer with attnreg's row.
-        others: The one with the peers' rows; None: the same.
-        spent: Seconds that attnreg's start took, where they count.
-
-    Returns:
-        By target. attnreg's end is the last one within the target's seconds.
-    """
-    ours, rows = layer["rows"].get(OURS.name), (layer if others is None else others)["rows"]
+def verdicts(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """How much sooner attnreg is at each target's validation error, and the errors at the end."""
+    ours, rows = layer["rows"].get(OURS.name), layer["rows"]
     found_: dict[str, Any] = {}
     for target, names in TARGETS.items():
-        there = {name: rows[name] for name in names if name in rows}
+        there = [rows[name] for name in names if name in rows]
         if ours is None or not there:
             continue
-        best = min(there.values(), key=lambda row: row["errors"]["validation"])
+        best = min(there, key=lambda row: row["errors"]["validation"])
         bound, budget = best["errors"]["validation"], best["seconds"]
-        curve = [(spent + s, errors["validation"]) for s, errors in ours["curve"]]
-        seconds = next((s for s, error in curve if error <= bound), None)
-        end = ours["errors"]["validation"]
-        if spent:
-            end = next(error for s, error in reversed(curve) if s <= max(budget, curve[0][0]))
-        all_there = len(there) == len(names)
-        found_[target if all_there else f"the best of {' and '.join(there)}"] = {
+        seconds = next((s for s, errors in ours["curve"] if errors["validation"] <= bound), None)
+        found_[target] = {
             "setting": best["setting"],
             "validation": bound,
             "seconds": seconds,
             "sooner": None if seconds is None else budget / seconds,
-            "ours_at_the_end": end,
-            "lower_at_the_end": 1 - end / bound,
+            "ours_at_the_end": ours["errors"]["validation"],
+            "lower_at_the_end": 1 - ours["errors"]["validation"] / bound,
         }
     return found_
 
@@ -303,15 +232,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     tier = Tier(**{**asdict(TIERS[options.tier]), **_given(options)})
     everybody, missing = installed(found())
-    pooled = options.tier != BEST_START
-    tried = everybody if pooled else tuple(map(_best_start_peer, everybody))
-    peers = [p for p in tried if p.layers and (not options.only or options.only in p.name)]
+    peers = [p for p in everybody if p.layers and (not options.only or options.only in p.name)]
     path, elsewhere = _place(options)
     content: dict[str, Any] = {
         "machine": machine(),
         "setting": {"tier": options.tier, **asdict(tier), "layers": None, "dtype": "float32"}
         | elsewhere
-        | {"tried": {peer.name: [m.name for m in peer.layers] for peer in tried}},
+        | {"tried": {peer.name: [m.name for m in peer.layers] for peer in everybody}},
         "missing": missing,
         "not_run": {peer.name: peer.why_no_layers for peer in everybody if not peer.layers},
     }
@@ -327,10 +254,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.minutes is not None and clock.seconds() > 60 * options.minutes:
             console.print(f"[yellow]{name} is left out: {options.minutes:g} min over[/yellow]")
             continue
-        bed, how = load_bed(number, tier, options.device, pooled=pooled)
+        bed = load_bed(number, tier, options.device)
         layer["start"] = bed.errors(bed.start)
-        if how:
-            layer["start_made"] = how
         keep = partial(_write, path, content, name)
         with matmul_precision(options.precision, torch.device(options.device)):
             run_layer(name, bed, peers, tier, layer["rows"], keep)
@@ -339,10 +264,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         layer["verdicts"] = verdicts(layer)
         keep()
         print_layer(name, layer)
-
-
-def _best_start_peer(peer: Peer) -> Peer:
-    return replace(peer, layers=tuple(m for m in peer.layers if m.name in BEST_START_SETTINGS))
 
 
 def _write(path: Path, content: dict[str, Any], own: str) -> None:
@@ -374,15 +295,7 @@ def print_layer(name: str, layer: Mapping[str, Any]) -> None:
         longer = layer["longer"]
         errors = (show(longer["errors"][text], 4) for text in SCORED)
         lines.append(("attnreg, given longer", show(longer["seconds"]), *errors, "as it is"))
-    made = layer.get("start_made", {"seconds": None})
-    lines.append(
-        (
-            "start",
-            show(made["seconds"]),
-            *(show(layer["start"][text], 4) for text in SCORED),
-            "as it is",
-        )
-    )
+    lines.append(("start", "-", *(show(layer["start"][text], 4) for text in SCORED), "as it is"))
     print_table(name, ("method", "s", *SCORED, "readout"), lines)
     for target, entry in layer["verdicts"].items():
         console.print(
@@ -410,12 +323,10 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = command_line("large_layers", __doc__, quick="the same as --tier quick")
     parser.add_argument("--tier", choices=tuple(TIERS), default="bench")
-    parser.add_argument(
-        "--layers", nargs="+", type=int, help="3; 0 3 5 in tiers large, best-start and gpu"
-    )
+    parser.add_argument("--layers", nargs="+", type=int, help="3; 0 3 5 in tiers large and gpu")
     parser.add_argument("--sequences", type=int, help="fitted (32, 256 or 1088)")
     parser.add_argument("--scored", type=int, help="to validate on, and held out (16, 64 or 128)")
-    parser.add_argument("--seconds", type=float, help="of a row (2, 12, 120, 120 or 6)")
+    parser.add_argument("--seconds", type=float, help="of a row (2, 12, 120 or 6)")
     parser.add_argument("--minutes", type=float, help="no layer is begun after that")
     parser.add_argument("--only", help="only peers whose name contains this")
     parser.add_argument("--fresh", action="store_true", help="keep nothing of the results file")

@@ -16,7 +16,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.common import RESULTS, console
-from benchmarks.large_layers import verdicts
 
 PICTURE = Path(__file__).parent.parent / "docs" / "benchmarks.png"
 OURS = "attnreg"
@@ -243,27 +242,11 @@ def _large(content: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _best_start(content: dict[str, Any]) -> list[str]:
-    path = RESULTS / "large_layers-large.json"
-    pooled = json.loads(path.read_text())["layers"] if path.is_file() else {}
-    lines = _large(content)
-    for name, layer in content["layers"].items():
-        spent = layer["start_made"]["seconds"]
-        lines.append(f"{name}: the start takes {spent:.0f} s")
-        for target, verdict in verdicts(layer, pooled[name], spent).items():
-            sooner = "never" if verdict["sooner"] is None else f"{verdict['sooner']:.1f} times"
-            lines.append(
-                f"{name} with the time of its start, {target} from mean-pooled heads: sooner "
-                f"{sooner}, lower {verdict['lower_at_the_end']:.1%}"
-            )
-    return lines
-
-
 def _grouping(content: dict[str, Any]) -> list[str]:
     lines = []
     for name, layer in content["layers"].items():
-        ends = {g: row["errors"]["validation"] for g, row in layer["rows"].items()}
-        drawn = sorted(end for g, end in ends.items() if g.startswith("random"))
+        ends = {groups: row["errors"]["validation"] for groups, row in layer["rows"].items()}
+        drawn = sorted(end for groups, end in ends.items() if groups.startswith("random"))
         lines.append(
             f"grouping, {name}: pairs {ends['pairs']:.3f}, moments {ends['moments']:.3f}, "
             f"neighbours {ends['neighbours']:.3f}, random {drawn[0]:.3f} to {drawn[-1]:.3f}; pairs "
@@ -317,7 +300,6 @@ LINES = {
     "planted_suite-large": _suite,
     "large_layers": _large,
     "large_layers-large": _large,
-    "large_layers-best-start": _best_start,
     "grouping": _grouping,
     "little_data": _little,
     "real_layer": _layer,

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import large_layers, profiles
+from benchmarks import profiles
 from benchmarks.common import console, results_of, show
 from benchmarks.peers import OURS
 
@@ -24,8 +24,6 @@ PAGE = DOCS / "benchmarks.md"
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 RATIOS = (1.0, 2.0, 10.0)
 TITLES = {"quick": "`make bench-quick`", "bench": "`make bench`", "large": "`make bench-large`"}
-TITLES["best-start"] = "the same from the start of `attnreg compress`, by `make bench-large` too"
-TIERS = ("bench", "large", "best-start")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,14 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.quick:
         console.print(tables(("quick",)), markup=False)
         return
-    for tier in TIERS:
+    for tier in ("bench", "large"):
         for kind, draw in (
             ("planted_suite", profiles.draw_planted),
             ("large_layers", profiles.draw_layers),
         ):
             if (content := read(kind, tier)) is not None:
                 draw(content, DOCS / picture(kind, tier))
-    PAGE.write_text(replaced(PAGE.read_text(encoding="utf-8"), tables(TIERS)))
+    PAGE.write_text(replaced(PAGE.read_text(encoding="utf-8"), tables(("bench", "large"))))
     console.print(f"written: docs/{PAGE.name}")
 
 
@@ -187,22 +185,9 @@ def layer_tables(content: Mapping[str, Any], tier: str) -> str:
     ]
     if tier != "quick":
         head.append(f"![validation error against time]({picture('large_layers', tier)})")
-    pooled = read("large_layers", "large") if tier == large_layers.BEST_START else None
     for name, layer in content["layers"].items():
         head += _layer_parts(name, layer)
-        if pooled is not None and name in pooled["layers"]:
-            head.append(_across(layer, pooled["layers"][name]))
     return "\n\n".join(part for part in head if part)
-
-
-def _across(layer: Mapping[str, Any], pooled: Mapping[str, Any]) -> str:
-    """attnreg from its own start, the making of that on the clock, and peers from pooled heads."""
-    spent = layer["start_made"]["seconds"]
-    found = large_layers.verdicts(layer, pooled, spent)
-    lines = [f"- {_verdict(target, entry)}" for target, entry in found.items()]
-    return "\n".join(
-        [f"Peers from mean-pooled heads, attnreg with the {show(spent)} s of its start:", *lines]
-    )
 
 
 def _layer_parts(name: str, layer: Mapping[str, Any]) -> list[str]:
@@ -222,9 +207,7 @@ def _layer_parts(name: str, layer: Mapping[str, Any]) -> list[str]:
         longer = layer["longer"]
         seconds, errors = show(longer["seconds"]), _errors(longer["errors"])
         lines.append((OURS.name, "given longer", seconds, *errors, "as it is", ""))
-    made = layer.get("start_made", {"name": "mean-pooled heads", "seconds": None})
-    seconds = "" if made["seconds"] is None else f"({show(made['seconds'])})"
-    lines.append(("start", made["name"], seconds, *_errors(layer["start"]), "as it is", ""))
+    lines.append(("start", "mean-pooled heads", "", *_errors(layer["start"]), "as it is", ""))
     columns = ("method", "setting", "s", "calibration", "validation", "held out", "readout")
     verdicts = [_verdict(target, entry) for target, entry in layer.get("verdicts", {}).items()]
     return [

@@ -59,7 +59,7 @@ def test_layers_side_by_side_add_to_one_file(results, monkeypatch):
         assert ("other" in rows) == beside
 
     monkeypatch.setattr(large_layers, "run_layer", run_layer)
-    monkeypatch.setattr(large_layers, "load_bed", lambda *given, pooled: (bed(), {}))
+    monkeypatch.setattr(large_layers, "load_bed", lambda *given: bed())
     longer = {"seconds": 3.0, "errors": row["errors"]}
     made = []
     monkeypatch.setattr(
@@ -155,23 +155,6 @@ def test_verdicts_compare_with_the_best_of_each_target():
     assert first["lower_at_the_end"] == pytest.approx(1 - 0.3 / 0.41)
     assert (soap["seconds"], soap["sooner"]) == (None, None)
     assert soap["lower_at_the_end"] == pytest.approx(-0.5)
-
-
-def test_verdicts_across_starts_count_the_seconds_of_ours():
-    def row(name, *points):
-        curve = [[s, {"validation": e}] for s, e in points]
-        return {"setting": name, "seconds": points[-1][0], "curve": curve, "errors": curve[-1][1]}
-
-    peers = {"rows": {"Adam": row("a", (60.0, 0.5), (120.0, 0.41)), "SOAP": row("s", (120.0, 0.1))}}
-    ours = {
-        "rows": {OURS.name: row("attnreg", (12.0, 0.5), (24.0, 0.4), (80.0, 0.35), (120.0, 0.3))}
-    }
-    first, soap = large_layers.verdicts(ours, peers, 36.0).values()
-    assert (first["setting"], first["seconds"], first["sooner"]) == ("a", 60.0, 2.0)
-    assert first["ours_at_the_end"] == 0.35  # at 116 s; the fit of 120 s would end at 156
-    assert soap["seconds"] is None
-    late, _ = large_layers.verdicts(ours, peers, 200.0).values()
-    assert (late["ours_at_the_end"], late["sooner"]) == (0.5, 120.0 / 224.0)
 
 
 # ---------------------------------------------------------------------- other devices

@@ -71,6 +71,13 @@ MaxSeconds = Annotated[
         help="Bound on the time of all fits and the final pass; the result then depends on it."
     ),
 ]
+FitPairs = Annotated[
+    bool,
+    typer.Option(
+        "--fit-pairs",
+        help="Group key/value heads by short fits of all pairs: some hundred steps more a layer.",
+    ),
+]
 Seed = Annotated[
     int, typer.Option(min=0, max=2**63 - 1, help="Seed of fits, sampled text and final pass.")
 ]
@@ -137,6 +144,7 @@ def compress_command(
     final_steps: FinalSteps = None,
     max_iterations: MaxIterations = 30,
     max_seconds: MaxSeconds = None,
+    fit_pairs: FitPairs = False,
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = "cpu",
@@ -171,6 +179,7 @@ def compress_command(
         final_steps=final_steps,
         max_iterations=max_iterations,
         max_seconds=max_seconds,
+        fit_pairs=fit_pairs,
         seed=seed,
         dtype=dtype,
         device=device,

@@ -181,7 +181,7 @@ def _conversion(layer: Layer, budget: float, console: Console) -> tuple[list[Tra
     problem, validation = layer.problem(FITTED), layer.problem(VALIDATION)
     held_out = layer.problem(HELD_OUT)
     model = MultiHead(HEADS, KV_HEADS)
-    best = best_start(problem, MultiHead(HEADS), layer.weights, model, pairs=problem)
+    best = best_start(problem, MultiHead(HEADS), layer.weights, model)
     start = best.unsolved
     ours = Trace("attnreg")
     began = time.perf_counter()

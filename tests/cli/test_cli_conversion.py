@@ -41,6 +41,15 @@ def test_table_and_an_encoder(run, models):
         assert words in out
 
 
+def test_heads_grouped_by_fits_of_pairs(run, models):
+    given = ("compress", "bert", "--calibration", "text.txt", *QUICK, "--kv-heads", 2)
+    code, out, err = run(*given, "--fit-pairs", "--out", "small", "--json")
+    assert (code, err) == (0, "")
+    report = json.loads(out)
+    assert all(layer["start"].startswith("fitted") for layer in report["layers"])
+    assert "--fit-pairs" in report["command"].split()
+
+
 def test_too_lossy_is_written_and_said(run, models):
     code, out, err = run(
         *COMPRESS, "--kv-heads", 1, "--out", "small", "--max-excess", -10, "--json"

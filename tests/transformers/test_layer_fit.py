@@ -1,13 +1,15 @@
 """How one layer of a conversion is fitted: on which rows, and what is handed out."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import attnreg
 from attnreg.judging import ENOUGH
 from attnreg.result import relative_error
+from attnreg.transformers import layer_fit
 from attnreg.transformers.layer_fit import fit_layer, sample
-from attnreg.transformers.sharing import ROWS
 from attnreg.transformers.starts import best_start
 
 TEACHER = attnreg.MultiHead(heads=4, kv_heads=4, head_dim=2, bias=False)
@@ -54,7 +56,7 @@ def test_the_fit_is_never_worse_held_out_than_its_start(sequences, few):
     assert few == (fitted.n_rows * 8 < ENOUGH * sum(w.numel() for w in found.weights.values()))
     assert len(found.path) == 1
     assert few or (found.ridge, found.center) == (0.0, "")
-    init = best_start(fitted, TEACHER, weights, STUDENT, pairs=sample(fitted, ROWS))
+    init = best_start(fitted, TEACHER, weights, STUDENT)
     init = init.unsolved if few else init.weights  # what little data are pulled towards
     rounded = {name: value.bfloat16().float() for name, value in init.items()}
     start_error = relative_error(held_out, STUDENT, rounded)
@@ -101,3 +103,38 @@ def positions(few, problem):
     same = (few.batches[0].A1[:, None] == problem.batches[0].A1).all(dim=(2, 3))
     assert bool((same.sum(1) == 1).all())
     return same.int().argmax(1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("spent", "left"),
+    [(2.0, 4.0), (5.0, 2.0)],  # of 6 s; a third is left at least
+)
+def test_fits_of_pairs_have_a_part_of_the_time(monkeypatch, spent, left):
+    problem, weights = layer(12)
+    asked, clock = {}, iter((0.0, spent))
+    best = layer_fit.best_start
+
+    def best_start(*given, pairs, max_seconds):
+        asked.update(rows=pairs.n_rows, max_seconds=max_seconds)
+        return best(*given)
+
+    def held_out_fit(*given, bounds, **options):
+        asked.update(left=bounds.seconds)
+        raise InterruptedError
+
+    monkeypatch.setattr(layer_fit, "best_start", best_start)
+    monkeypatch.setattr(layer_fit, "held_out_fit", held_out_fit)
+    monkeypatch.setattr(layer_fit, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    with pytest.raises(InterruptedError):
+        fit_layer(
+            problem.subset(range(8)),
+            problem.subset(range(8, 12)),
+            (TEACHER, weights),
+            STUDENT,
+            max_iterations=3,
+            max_seconds=6.0,
+            seed=0,
+            saved=torch.float32,
+            fit_pairs=True,
+        )
+    assert asked == {"rows": 80, "max_seconds": pytest.approx(2.0), "left": pytest.approx(left)}

@@ -1,6 +1,7 @@
 """What pairs of key/value heads lose: against each pair alone, and where nothing is lost."""
 
 from itertools import combinations
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -207,7 +208,8 @@ def test_the_time_bounds_the_steps(monkeypatch):
     model, start, members = students("bias", 1)
     fits = PairFits(problem_of(teacher, weights), (teacher, weights), (model, start), members)
     clock, rates = iter(range(100)), []
-    monkeypatch.setattr(sharing.time, "perf_counter", lambda: float(next(clock)))
+    timer = SimpleNamespace(perf_counter=lambda: float(next(clock)))
+    monkeypatch.setattr(sharing, "time", timer)
     monkeypatch.setattr(fits._steepest, "move", lambda theta, g, rate: rates.append(rate))
     fits.run(1000, 8.0)
     # One tick a step: of 8 s 1 to 7 are gone at the seven steps that are taken.

@@ -82,6 +82,7 @@ def fit_layer(
     max_seconds: float | None,
     seed: int,
     saved: torch.dtype,
+    fit_pairs: bool = False,
     progress: Callable[[int, float], None] | None = None,
 ) -> LayerFit:
     """Fits a student's layer from its best start, as far as that lowers the held-out error.
@@ -96,10 +97,11 @@ def fit_layer(
         teacher: The original's layer.
         model: The student's layer.
         max_iterations: Bound on the iterations, all rounds together.
-        max_seconds: Bound on the time of the start and the iterations, unless making the start
-            takes more than two thirds of it.
+        max_seconds: Bound on their time; with `fit_pairs` that of the start counts, unless it takes
+            more than two thirds.
         seed: Seed of the fit.
         saved: The dtype that the weights are saved in.
+        fit_pairs: Whether key/value heads are grouped by short fits of all pairs.
         progress: Called with the iteration and the relative error.
 
     Returns:
@@ -109,16 +111,14 @@ def fit_layer(
         KeyboardInterrupt: If it was interrupted: no half-done fit counts as done.
     """
     original, weights = teacher
-    began = time.perf_counter()
+    pairs, bound, began = None, None, time.perf_counter()
+    if fit_pairs:
+        pairs = sample(problem, ROWS)
+        bound = None if max_seconds is None else PAIRS_SHARE * max_seconds
     best = best_start(
-        sample(problem, SCORED_ROWS),
-        original,
-        weights,
-        model,
-        pairs=sample(problem, ROWS) if max_iterations > 0 else None,
-        max_seconds=None if max_seconds is None else PAIRS_SHARE * max_seconds,
+        sample(problem, SCORED_ROWS), original, weights, model, pairs=pairs, max_seconds=bound
     )
-    if max_seconds is not None:
+    if fit_pairs and max_seconds is not None:
         spent = time.perf_counter() - began
         max_seconds = max(max_seconds - spent, PAIRS_SHARE * max_seconds)
 

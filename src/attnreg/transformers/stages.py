@@ -231,6 +231,7 @@ class Stages:
             max_seconds=self.seconds(fit_share(self.task) / len(self.changed)),
             seed=options.seed,
             saved=self.task.dtype,
+            fit_pairs=options.fit_pairs,
             progress=lambda iteration, error: self.report(
                 "fit", group.applications, iteration=(iteration, error)
             ),

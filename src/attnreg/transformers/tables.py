@@ -156,7 +156,9 @@ def command_line(
     named["plan"] = None if plan is None else plan.name
     named |= {name.replace("_", "-"): value for name, value in asdict(options).items()}
     for name, value in named.items():
-        words += [] if value is None else [f"--{name}", str(value)]
+        if value is None or value is False:
+            continue
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return shlex.join([*words, "--out", out.name])
 
 

@@ -40,9 +40,11 @@ class Options:
         final_steps: Steps of the final pass over the whole model; 0: it is left out. None: as
             :attr:`Task.final_steps` says.
         max_iterations: Bound on the iterations of each fit.
-        max_seconds: Bound on the time of all fits, each of which gets the same share and makes its
-            start in a part of that, and of the final pass; sampling text and running the model are
-            not counted. With it a conversion is not reproducible to the bit.
+        max_seconds: Bound on the time of all fits, each of which gets the same share, and of the
+            final pass; sampling text, making starts and running the model are not counted, fits of
+            pairs are. With it a conversion is not reproducible to the bit.
+        fit_pairs: Whether key/value heads are grouped by what short fits of all pairs lose, not by
+            second moments (:mod:`attnreg.transformers.sharing`).
         seed: Seed of the fits, of sampled text and of the final pass.
         dtype: Name of the dtype to save in; None: the original's.
         device: Where to compute.
@@ -55,6 +57,7 @@ class Options:
     final_steps: int | None = None
     max_iterations: int = 30
     max_seconds: float | None = None
+    fit_pairs: bool = False
     seed: int = 0
     dtype: str | None = None
     device: str = "cpu"
