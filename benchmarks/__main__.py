@@ -27,6 +27,7 @@ NAMES = (
     "planted_suite",
     "real_layer",
     "multimodal",
+    "grouping",
     "conversion",
     "conversion_minilm",
     "planted",

@@ -71,7 +71,7 @@ def test_a_ridge_on_features_of_zero_leaves_the_constant():
 
 @pytest.mark.usefixtures("small_batches")
 @pytest.mark.parametrize("rows", [10**6, 60])
-def test_near_is_what_explains_more_than_the_mean(monkeypatch, rows):
+def test_near_is_what_explains_a_tenth_of_the_spread(monkeypatch, rows):
     monkeypatch.setattr(minibatches, "SAMPLE_ROWS", rows)
     problem, start = planted()
     objective, answers = Objective(problem, MODEL), set()
@@ -84,7 +84,7 @@ def test_near_is_what_explains_more_than_the_mean(monkeypatch, rows):
         # The loss of the rows that are seen against their share of the targets' spread.
         loss = attnreg.result.relative_error(seen, MODEL, weights) ** 2 * seen.target_norm_squared
         share = seen.total_weight / problem.total_weight
-        expected = loss < share * objective.target_norm_squared
+        expected = loss <= 0.9 * share * objective.target_norm_squared
         assert point.explains(readout) == expected, size
         answers.add(expected)
     assert answers == {True, False}

@@ -105,8 +105,8 @@ def fit_validated(
         model: What is fitted.
         init: Named parameters to start from, or a result; the better they are, the fewer epochs
             there are in which to overfit. A readout that was solved on the same sequences tells
-            nothing new: give the one before. From a start that explains the outputs better than
-            their mean does queries and keys move more slowly. Default: those of ``model.start``.
+            nothing new: give the one before. From a start that explains a tenth of the
+            outputs' spread queries and keys move more slowly. Default: those of ``model.start``.
         max_iterations: Bound on the iterations of all rounds together.
         max_seconds: Bound on their time, the scoring included.
         seed: Seed of the order of the mini-batches.

@@ -62,7 +62,7 @@ def fit(
         solver: ``"trust-region"``, for every problem; ``"stochastic"``, mini-batches of sequences,
             for data with many residuals a parameter (an iteration is an epoch, of little data
             several; the start is ``init``'s, and queries and keys move more slowly where that
-            explains ``B`` better than its mean does; the rate falls to zero at the bound, so set
+            explains a tenth of ``B``'s spread; the rate falls to zero at the bound, so set
             one);
             ``"newton-sketch"``, the paper's algorithm with sampled query rows; ``"newton-cg"``,
             the same by conjugate gradients in the natural metric. The last two are for

@@ -17,7 +17,7 @@ from that of the start.
 
 The root mean square of a step is :data:`RATE` times that of the block at the start: the largest
 singular value of a head changes by about the same share whatever its width and the data's scale.
-Queries and keys move at :data:`NEAR` times that from a start that explains something already: they
+Queries and keys move at :data:`NEAR` times that from a start that explains a tenth already: they
 need not go far, and what they learn by heart does harm first. (A logit matrix with fixed values has
 the whole rate.) The rate rises over :data:`WARM_UP` steps and falls to zero along a line at the
 bound of the run, by iterations or by time, whichever is nearer. An iteration is one epoch: all
@@ -101,7 +101,7 @@ class Stochastic:
         generator: Orders the mini-batches.
         observe: Called with each record; a true answer stops the run.
         began: ``time.perf_counter()`` from which seconds are counted.
-        near: Whether the start is near: whether it explains the targets better than their mean,
+        near: Whether the start is near: whether it explains a tenth of the targets' spread,
             with the readout that was given with it.
     """
 
