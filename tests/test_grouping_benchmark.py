@@ -42,7 +42,7 @@ def test_rows_are_kept_and_layers_side_by_side_add_to_one_file(tmp_path, monkeyp
     monkeypatch.setattr(grouping, "groupings", lambda *given: (names, 20.0))
     monkeypatch.setattr(grouping, "_print", lambda *given: None)
     grouping.main(["--threads", "1", "--layers", "5"])
-    assert asked == [("first", 2), ("last", 1)]  # seeds of a named one and of one that was drawn
+    assert asked == [("first", 1), ("last", 1)]
     layers = json.loads(path.read_text())["layers"]
     assert list(layers) == ["layer 5", "layer 9"]
     assert layers["layer 5"] == {
