@@ -218,6 +218,15 @@ def test_the_time_bounds_the_steps(monkeypatch):
     assert rates == pytest.approx([a * b for a, b in zip(left, warm, strict=True)])
 
 
+def test_widths_that_follow_from_the_inputs_are_kept_when_those_are_cut():
+    explicit, implied = MultiHead(5, 5, 2, 2), MultiHead(5)
+    weights = random_weights(explicit)
+    problem = problem_of(explicit, weights)
+    expected = pair_losses(problem, explicit, weights, MultiHead(5, 1, 2, 2))
+    assert torch.equal(pair_losses(problem, implied, weights, MultiHead(5, 1)), expected)
+    assert bool((expected + torch.eye(5) > 0.0).all())
+
+
 def test_norms_of_queries_and_keys_begin_at_the_mean():
     teacher = MultiHead(4, 4, 4, 3, norm_eps=1e-6)
     weights = random_weights(teacher)

@@ -84,7 +84,8 @@ def pair_losses(
     Returns:
         ``(kv_heads, kv_heads)`` of the original, 0 on the diagonal, float64.
     """
-    heads, kv_heads, width, _ = sizes(problem, teacher)
+    heads, kv_heads, width, value_width = sizes(problem, teacher)
+    teacher = replace(teacher, head_dim=width, v_head_dim=value_width)  # whatever the inputs' width
     _, _, new_width, new_value_width = sizes(problem, student)
     problem, weights = leading_directions(problem, teacher, weights, DIRECTIONS * width)
     repeats, pairs = heads // kv_heads, list(combinations(range(kv_heads), 2))
