@@ -11,16 +11,18 @@ on the same sample of the rows, and is fitted by `attnreg.fit` for the same step
 
     python -m benchmarks.grouping --threads 1
 
-A row is one fit, or the medians of as many as `seeds` says. The seconds that the pairs' fits took
-are beside the rows; another job on the machine changes nothing else. Rows that were made with the
-same settings on the same machine are kept.
+A row is one fit. The seconds that the pairs' fits took are beside the rows; another job on the
+machine changes nothing else. Rows that were made with the same settings on the same machine are
+kept.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from attnreg import AttentionProblem, fit
@@ -42,21 +44,20 @@ from benchmarks.common import (
     show,
     write_json,
 )
-from benchmarks.large_layers import SCORED, TIERS, Tier
+from benchmarks.large_layers import SCORED, TIERS
 from benchmarks.layer_problem import (
     KV_HEADS,
     ORIGINAL,
     STUDENT,
     WEIGHTS,
     Bed,
-    Layer,
+    Weights,
     load_layer,
-    medians,
     third_text,
 )
 
 Members = list[tuple[int, ...]]
-NAMED = ("neighbours", "moments", "pairs")
+NAMED = 3  # groupings that are not drawn
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,11 @@ class Setting:
     sequences: int = TIERS["large"].sequences
     scored: int = TIERS["large"].scored
     epochs: int = 6
-    seeds: int = 1
     random: int = 4
     tokens: int = TIERS["large"].tokens
 
 
-QUICK = Setting((3,), 64, 16, 2, 1, 1)
+QUICK = Setting((3,), 64, 16, 2, 1)
 
 
 def random_groups(number: int) -> Members:
@@ -84,10 +84,9 @@ def random_groups(number: int) -> Members:
 
 
 def groupings(
-    problem: AttentionProblem, few: AttentionProblem, layer: Layer, count: int
+    problem: AttentionProblem, few: AttentionProblem, weights: Weights, count: int
 ) -> tuple[dict[str, Members], float]:
     """All groupings by name, and the seconds that the pairs' fits took."""
-    weights = {name: layer.weights[name] for name in WEIGHTS}
     size = ORIGINAL.heads // KV_HEADS
     clock = Clock()
     losses = pair_losses(sample(problem, ROWS), ORIGINAL, weights, STUDENT)
@@ -100,34 +99,12 @@ def groupings(
     return found | {f"random {i}": random_groups(i) for i in range(count)}, seconds
 
 
-def row(
-    bed: Bed, few: AttentionProblem, layer: Layer, members: Members, setting: Setting, seeds: int
-) -> dict[str, Any]:
-    """Errors of the start, its readout solved, and of the fits' ends."""
-    weights = {name: layer.weights[name] for name in WEIGHTS}
-    start = grouped_start(few, ORIGINAL, weights, STUDENT, members)
-    start = solve_readout(few, STUDENT, start)[1]
-    problem, ends = bed.fitted.attention(), []
-    for seed in range(seeds):
-        end = fit(
-            problem,
-            STUDENT,
-            solver="stochastic",
-            init=start,
-            max_iterations=setting.epochs,
-            seed=seed,
-        )
-        ends.append(bed.errors(end.parameters))
-    return {"groups": members, "start": bed.errors(start), "errors": medians(ends, SCORED)}
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; see the module's docstring."""
-    parser = command_line("grouping", __doc__, quick="one layer, little data, no file kept")
+    parser = command_line("grouping", __doc__, quick="one layer, little data, one random grouping")
     parser.add_argument("--layers", nargs="+", type=int, help="0 3 5")
     options = parse(parser, arguments)
     setting = QUICK if options.quick else Setting()
-    tier = Tier(setting.layers, setting.sequences, setting.scored, 0.0, 0.0, 0, 0)
     path = results_of("grouping", "quick" if options.quick else "bench")
     content: dict[str, Any] = {
         "machine": machine(),
@@ -136,26 +113,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.quick:
         path.unlink(missing_ok=True)
     for number in options.layers or setting.layers:
-        layer = load_layer(tier.sequences, tier.scored, tier.tokens, number)
-        third = third_text(layer, number, tier.scored, tier.tokens)
-        texts = dict(zip(SCORED, (layer.train, layer.held_out, third), strict=True))
-        bed = Bed(layer.pooled, texts)
-        problem = bed.fitted.attention()
-        few = sample(problem, SCORED_ROWS)
-        members, seconds = groupings(problem, few, layer, setting.random)
-        own, known = f"layer {number}", resumed(path, content, "layers")
-        kept = known.get(own, {"rows": {}})["rows"]
-        for name, groups in members.items():
-            if name in kept:
-                continue
-            seeds = setting.seeds if name in NAMED else 1
-            made = row(bed, few, layer, groups, setting, seeds)
-            layers = resumed(path, content, "layers")  # another run may have added to it
-            found = layers.setdefault(own, {"seconds_of_pairs": seconds, "rows": {}})
-            found["rows"][name] = made
-            content["layers"] = dict(sorted(layers.items()))
-            write_json(path, content)
+        own = f"layer {number}"
+        kept = resumed(path, content, "layers").get(own, {"rows": {}})["rows"]
+        if len(kept) < NAMED + setting.random:
+            _run(number, setting, set(kept), partial(_add, path, content, own))
         _print(own, resumed(path, content, "layers")[own])
+
+
+def _run(number: int, setting: Setting, kept: set[str], add: Callable[..., None]) -> None:
+    """Makes the rows of a layer that are not kept."""
+    layer = load_layer(setting.sequences, setting.scored, setting.tokens, number)
+    third = third_text(layer, number, setting.scored, setting.tokens)
+    texts = dict(zip(SCORED, (layer.train, layer.held_out, third), strict=True))
+    bed = Bed(layer.pooled, texts)
+    weights = {name: layer.weights[name] for name in WEIGHTS}
+    problem = bed.fitted.attention()
+    few = sample(problem, SCORED_ROWS)
+    members, seconds = groupings(problem, few, weights, setting.random)
+    for name, groups in members.items():
+        if name not in kept:
+            start = grouped_start(few, ORIGINAL, weights, STUDENT, groups)
+            start = solve_readout(few, STUDENT, start)[1]
+            end = fit(
+                problem, STUDENT, solver="stochastic", init=start, max_iterations=setting.epochs
+            )
+            errors = {"start": bed.errors(start), "errors": bed.errors(end.parameters)}
+            add(name, {"groups": groups, **errors}, seconds)
+
+
+def _add(path: Path, content: dict[str, Any], own: str, name: str, row: Any, spent: float) -> None:
+    """Writes a row beside those that other runs have written in the meantime."""
+    layers = resumed(path, content, "layers")
+    found = layers.setdefault(own, {"seconds_of_pairs": spent, "rows": {}})
+    found["rows"][name] = row
+    write_json(path, {**content, "layers": dict(sorted(layers.items()))})
 
 
 def _print(name: str, layer: dict[str, Any]) -> None:

@@ -41,13 +41,17 @@ def test_table_and_an_encoder(run, models):
         assert words in out
 
 
-def test_heads_grouped_by_fits_of_pairs(run, models):
+def test_heads_grouped_by_fits_of_pairs(run, models, monkeypatch):
     given = ("compress", "bert", "--calibration", "text.txt", *QUICK, "--kv-heads", 2)
     code, out, err = run(*given, "--fit-pairs", "--out", "small", "--json")
     assert (code, err) == (0, "")
     report = json.loads(out)
     assert all(layer["start"].startswith("fitted") for layer in report["layers"])
     assert "--fit-pairs" in report["command"].split()
+    monkeypatch.setattr("attnreg.transformers.estimate._rate", lambda device: 1e9)
+    dry = [*given, "--dry-run", "--json"]
+    plain, longer = (json.loads(run(*dry, *more)[1]) for more in ((), ("--fit-pairs",)))
+    assert longer["estimated_seconds"] > plain["estimated_seconds"]
 
 
 def test_too_lossy_is_written_and_said(run, models):

@@ -102,6 +102,16 @@ def copy_head(weights, model, source, target, kind):
             new.copy_(old @ change)
 
 
+def duplicates(kind):
+    """A problem and a layer of four key/value heads, the first the third's and the second the
+    fourth's in another gauge."""
+    teacher = layer(8, 4, 4, 3, kind)
+    weights = random_weights(teacher)
+    copy_head(weights, teacher, 0, 2, kind)
+    copy_head(weights, teacher, 1, 3, kind)
+    return problem_of(teacher, weights), teacher, weights
+
+
 def turned(weights, model, kind):
     """The same layer in another gauge: of every key/value head, and the query heads it serves."""
     weights = {name: w.clone() for name, w in weights.items()}
@@ -156,11 +166,7 @@ def test_lossless_starts_need_no_new_readout(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_duplicates_in_other_groups_are_clustered(kind):
-    teacher = layer(8, 4, 4, 3, kind)
-    weights = random_weights(teacher)
-    copy_head(weights, teacher, 0, 2, kind)
-    copy_head(weights, teacher, 1, 3, kind)
-    problem = problem_of(teacher, weights)
+    problem, teacher, weights = duplicates(kind)
     start = best_start(problem, teacher, weights, layer(8, 2, 4, 3, kind))
     assert start.tried["clustered aligned"] < LOSSLESS
     assert start.tried["clustered svd"] < LOSSLESS

@@ -28,6 +28,11 @@ DAMPING = 3e-2
 EVERY = 6
 
 
+def window_rows(columns: int, rate: float) -> float:
+    """Rows that a readout of so many columns remembers at a share of the full rate."""
+    return WINDOW * columns / max(rate, 1 / LONGEST)
+
+
 class RunningReadout:
     """The readout that suits the last mini-batches.
 
@@ -54,7 +59,7 @@ class RunningReadout:
         """
         targets, weights = batch.B.flatten(0, 1), batch.weights.reshape(-1, 1)
         rows, k = columns.shape
-        window = min(WINDOW * k / max(rate, 1 / LONGEST), self._objective.targets.shape[0])
+        window = min(window_rows(k, rate), self._objective.targets.shape[0])
         keep = max(0.0, 1.0 - rows / window)
         weighted = columns * weights
         self._gram.mul_(keep).addmm_(weighted.mT, columns)

@@ -141,7 +141,7 @@ class Steepest:
     ) -> None:
         self._blocks = blocks
         self._momentum = torch.zeros_like(theta)
-        self._scales = [inputs.scales(block) for block in blocks]
+        self._scales = [inputs.scales(block) for block in blocks[: len(rates)]]
         self._lengths = [
             rate * (float(_size(w)) or w.shape[0] ** -0.5)
             for rate, w in zip(rates, split_blocks(theta, blocks), strict=False)

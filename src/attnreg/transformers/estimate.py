@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from attnreg.solvers.minibatches import stride
+from attnreg.solvers.minibatches import BATCH_ROWS, stride
 from attnreg.transformers.final_pass import STEP_TOKENS
 from attnreg.transformers.shapes import AttentionShape
+from attnreg.transformers.sharing import DIRECTIONS, STEPS
 from attnreg.transformers.task import Task, whole_model_bytes
 
 KEYS = 0.16
@@ -68,6 +69,8 @@ def estimate(task: Task) -> Estimate:
             epoch = (KEYS + 1 / stride(length)) / (KEYS + 1)
             products = task.options.max_iterations * epoch * 4 + 20  # 20: the starts
             fits += products * count * fitted * _work(group.student, length) / rate
+            if task.options.fit_pairs and 1 < group.student.kv_heads < group.original.kv_heads:
+                fits += _pairs_work(group.original, length) / rate
     steps, vocabulary = task.final_steps, task.checkpoint.config.vocab_size
     width = task.groups[0].original.width
     head = vocabulary * width if task.predicts else 0
@@ -94,6 +97,18 @@ def _work(shape: AttentionShape, length: int) -> int:
     """Operations of one attention pass for a token."""
     projections = 2 * sum(math.prod(size) for size in shape.weights().values())
     return projections + 4 * shape.heads * shape.head_dim * length
+
+
+def _pairs_work(shape: AttentionShape, length: int) -> float:
+    """Operations of the fits of all pairs of key/value heads."""
+    pairs = math.comb(shape.kv_heads, 2)
+    heads = 2 * shape.heads // shape.kv_heads * pairs
+    width = min(shape.width, DIRECTIONS * shape.head_dim)
+    together = replace(shape, width=width, heads=heads, kv_heads=pairs)
+    tokens = STEPS * BATCH_ROWS * stride(length) ** 0.5
+    read = (KEYS + 1 / stride(length)) / (KEYS + 1)
+    # Forward and back; readouts and small products that run below the rate, as much again.
+    return 2 * 3 * tokens * read * _work(together, length)
 
 
 def _rate(device: str, size: int = 512) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -38,14 +39,18 @@ POOLINGS: dict[str, Callable[[Tensor, Tensor], Combination]] = {
 
 
 @dataclass(frozen=True)
-class Task:
-    """A teacher, a student and what both are on the problem."""
+class Reduction:
+    """An original's layer, the student wanted, and the inputs that both are measured on."""
 
     problem: AttentionProblem
     teacher: MultiHead
     weights: Mapping[str, Tensor]
     student: MultiHead
-    split: Split
+
+    @cached_property
+    def split(self) -> Split:
+        """The original's weights head by head."""
+        return split_heads(self.problem, self.teacher, self.weights)
 
     @property
     def narrower(self) -> bool:
@@ -81,8 +86,8 @@ def grouped_start(
         The student's weights, not yet with a solved ``W_O``.
     """
     heads, kv_heads, _, _ = sizes(problem, teacher)
-    task = Task(problem, teacher, weights, student, split_heads(problem, teacher, weights))
-    return group_weights(task, [whole_group(group, heads // kv_heads) for group in members])
+    reduction = Reduction(problem, teacher, weights, student)
+    return group_weights(reduction, [whole_group(group, heads // kv_heads) for group in members])
 
 
 def whole_group(members: tuple[int, ...], repeats: int) -> Group:
@@ -90,22 +95,22 @@ def whole_group(members: tuple[int, ...], repeats: int) -> Group:
     return Group(members, tuple(g * repeats + r for g in members for r in range(repeats)))
 
 
-def group_weights(task: Task, groups: list[Group]) -> Weights:
+def group_weights(reduction: Reduction, groups: list[Group]) -> Weights:
     """The best common key and value of each group, or the mean ones where norms forbid those."""
-    decay = DECAYS[-2] if task.turns_otherwise else 0.0
+    decay = DECAYS[-2] if reduction.turns_otherwise else 0.0
     try:
-        return pooled_weights(task, groups, "svd", decay)
+        return pooled_weights(reduction, groups, "svd", decay)
     except NotApplicable:
-        return pooled_weights(task, groups, "mean", decay)
+        return pooled_weights(reduction, groups, "mean", decay)
 
 
 def pooled_weights(
-    task: Task, groups: list[Group], pool: str | None, decay: float | None
+    reduction: Reduction, groups: list[Group], pool: str | None, decay: float | None
 ) -> Weights:
     """The student's weights for one choice."""
-    problem, split, student = task.problem, task.split, task.student
-    norms = norm_of(task.teacher) is not None
-    if norms and (task.narrower or pool in ("aligned", "svd")):
+    problem, split, student = reduction.problem, reduction.split, reduction.student
+    norms = norm_of(reduction.teacher) is not None
+    if norms and (reduction.narrower or pool in ("aligned", "svd")):
         raise NotApplicable("norms of queries and keys leave no gauge to pool or truncate in")
     _, _, width, value_width = sizes(problem, student)
     rotary = rotary_of(student)
@@ -119,13 +124,13 @@ def pooled_weights(
         parts = []
         for group in groups:
             grams = _grams(family, group)
-            scales = _scales(task, *grams, decay) if turning else None
+            scales = _scales(reduction, *grams, decay) if turning else None
             made = _combined(*grams, pool, target, scales)
             parts.append(_applied(family, group, made))
         factors += [torch.cat([left for left, _ in parts]), torch.stack([r for _, r in parts])]
     gains = dict(split.gains)
     if norms:
-        ratio = task.teacher.logit_scale(problem) / student.logit_scale(problem)
+        ratio = reduction.teacher.logit_scale(problem) / student.logit_scale(problem)
         gains["g_Q"] = gains["g_Q"] * ratio
     constant = _constant(split, groups, factors[4], factors[5])
     return join_heads(problem, student, tuple(factors), constant, gains)  # type: ignore[arg-type]
@@ -176,18 +181,18 @@ def _combined(
     return made.then(pooling.ranks_one(*pooling.moments_of(right, left, made), scales))
 
 
-def _scales(task: Task, right: Tensor, left: Tensor, decay: float | None) -> Tensor:
+def _scales(reduction: Reduction, right: Tensor, left: Tensor, decay: float | None) -> Tensor:
     """By how much each original pair enters each of the student's."""
-    old, new = rotary_of(task.teacher), rotary_of(task.student)
+    old, new = rotary_of(reduction.teacher), rotary_of(reduction.student)
     if old is None or new is None:
         return left.new_zeros(0, 0)
     if old.frequencies == new.frequencies:
         return torch.eye(len(old.frequencies), dtype=left.dtype, device=left.device)
     if decay is not None:
-        return transfer(task.problem, old, new, decay)
+        return transfer(reduction.problem, old, new, decay)
     own = right.diagonal(dim1=0, dim2=1).permute(2, 0, 1).diagonal(dim1=1, dim2=2).real
     energy = (left.diagonal(dim1=1, dim2=2).real * own).sum(0)
-    return matched(task.problem, old, new, energy)
+    return matched(reduction.problem, old, new, energy)
 
 
 def _applied(family: Family, group: Group, made: Combination) -> tuple[Tensor, Tensor]:

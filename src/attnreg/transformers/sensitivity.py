@@ -144,6 +144,7 @@ def measure(
                     max_seconds=None,
                     seed=options.seed,
                     saved=checkpoint.dtype,
+                    fit_pairs=options.fit_pairs,
                 )
                 error, start, done = layer.held_out_error, layer.start, done + 1
             cost = 2 * student.kv_heads * student.head_dim * len(group.applications)

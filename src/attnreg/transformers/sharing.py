@@ -1,7 +1,7 @@
 r"""What key/value heads lose where they share one: short fits of all pairs, side by side.
 
-Second moments do not tell it: shared keys and values move, and the queries with them, until little
-of a difference that was large is left. So every two key/value heads are fitted by a layer with one
+Second moments tell it in part: shared keys and values move, and the queries with them, until little
+of a difference that was large may be left. So every two key/value heads are fitted by a layer with one
 key/value head to what the two gave, for some steps on mini-batches (:mod:`attnreg.solvers.steepest`
 has the steps). All pairs are one layer, so that their projections are one product; only the
 readouts are each pair's own. With features ``F_p`` (a constant among them where the output has a
@@ -34,10 +34,11 @@ from attnreg.models import Features, MultiHead
 from attnreg.objective import Objective
 from attnreg.problem import AttentionProblem
 from attnreg.solvers.minibatches import features_of, minibatches, stride
+from attnreg.solvers.running_readout import window_rows
 from attnreg.solvers.steepest import ScaledInputs, Steepest
 from attnreg.solvers.stochastic import step_rates, warmed_up
-from attnreg.transformers.headwise import sizes, split_heads
-from attnreg.transformers.pooled_layer import Task, group_weights, whole_group
+from attnreg.transformers.headwise import sizes
+from attnreg.transformers.pooled_layer import Reduction, group_weights, whole_group
 
 ROWS = 16384
 """Of the sequences that a caller should give, about. Of a quarter of them pairs learn by heart what
@@ -49,9 +50,6 @@ FASTER = 4.0
 
 DIRECTIONS = 3
 """Principal directions of the inputs that are kept, a coordinate of one of the original's heads."""
-
-WINDOW, LONGEST = 33, 50.0
-"""Rows a column that a readout remembers, and how many times more at the end at most."""
 
 DAMPING, END_DAMPING = 1e-3, 1e-9
 """Of the readouts' normal equations, in units of their mean diagonal: on the way, and at the end,
@@ -96,9 +94,8 @@ def pair_losses(
         head_dim=new_width,
         v_head_dim=new_value_width,
     )
-    split = split_heads(problem, teacher, weights)
     groups = [whole_group(pair, repeats) for pair in pairs]
-    begun = model, group_weights(Task(problem, teacher, weights, model, split), groups)
+    begun = model, group_weights(Reduction(problem, teacher, weights, model), groups)
     members = [group.heads for group in groups]
     original = teacher, weights
     losses = sharing_losses(problem, original, begun, members, max_seconds=max_seconds)
@@ -264,7 +261,7 @@ class PairFits:
         own, targets = self._sides(features, batch)
         weights = batch.weights.reshape(-1, 1)
         rows, k = own.shape[1:]
-        keep = max(0.0, 1.0 - rows * max(rate, 1 / LONGEST) / (WINDOW * k))
+        keep = max(0.0, 1.0 - rows / window_rows(k, rate))
         weighted = own * weights
         gram, right = weighted.mT @ own, weighted.mT @ targets
         if self._gram is not None and self._right is not None:

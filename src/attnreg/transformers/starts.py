@@ -35,8 +35,8 @@ from attnreg.transformers.grouping import (
     distances,
     with_heads,
 )
-from attnreg.transformers.headwise import check_student, rotary_of, sizes, split_heads
-from attnreg.transformers.pooled_layer import DECAYS, POOLINGS, Task, Weights, pooled_weights
+from attnreg.transformers.headwise import check_student, sizes
+from attnreg.transformers.pooled_layer import DECAYS, POOLINGS, Reduction, Weights, pooled_weights
 from attnreg.transformers.pooling import NotApplicable
 from attnreg.transformers.sharing import pair_losses
 
@@ -177,36 +177,36 @@ def _made(
 ) -> tuple[dict[str, Weights], dict[str, str]]:
     """The starts, and why others were left out; ``measured`` adds those of fitted pairs."""
     check_student(problem, teacher, student)
-    task = Task(problem, teacher, weights, student, split_heads(problem, teacher, weights))
+    reduction = Reduction(problem, teacher, weights, student)
     made: dict[str, Weights] = {}
     notes: dict[str, str] = {}
-    for prefix, make_groups in _groupings(task, measured):
+    for prefix, make_groups in _groupings(reduction, measured):
         try:
             groups = make_groups()
         except NotApplicable as reason:
             notes[prefix or "neighbours"] = str(reason)
             continue
-        for name, pool, decay in _ways(task, prefix, groups):
+        for name, pool, decay in _ways(reduction, prefix, groups):
             try:
-                made[name] = pooled_weights(task, groups, pool, decay)
+                made[name] = pooled_weights(reduction, groups, pool, decay)
             except NotApplicable as reason:
                 notes[name] = str(reason)
     return made, notes
 
 
 def _groupings(
-    task: Task, measured: Callable[[], Tensor] | None
+    reduction: Reduction, measured: Callable[[], Tensor] | None
 ) -> Iterator[tuple[str, Callable[[], list[Group]]]]:
     """Names and makers of the groups that the sizes allow."""
-    problem, teacher = task.problem, task.teacher
+    problem, teacher = reduction.problem, reduction.teacher
     heads, kv_heads, _, _ = sizes(problem, teacher)
-    wanted_heads, wanted, _, _ = sizes(problem, task.student)
+    wanted_heads, wanted, _, _ = sizes(problem, reduction.student)
     repeats, wanted_repeats = heads // kv_heads, wanted_heads // wanted
     found: list[Contributions] = []
 
     def contributions() -> Contributions:
         if not found:
-            found.append(Contributions(problem, teacher, task.weights))
+            found.append(Contributions(problem, teacher, reduction.weights))
         return found[0]
 
     def served(members: list[tuple[int, ...]]) -> list[Group]:
@@ -228,7 +228,7 @@ def _groupings(
         return
     size = kv_heads // wanted
     neighbours = [tuple(range(i * size, (i + 1) * size)) for i in range(wanted)]
-    alike = clusters(distances(task.split), wanted)
+    alike = clusters(distances(reduction.split), wanted)
     if kv_heads % wanted == 0:
         yield "", lambda: served(neighbours)
     if alike != neighbours:
@@ -239,19 +239,19 @@ def _groupings(
 
 
 def _ways(
-    task: Task, prefix: str, groups: list[Group]
+    reduction: Reduction, prefix: str, groups: list[Group]
 ) -> Iterator[tuple[str, str | None, float | None]]:
     """Name, pooling (None: heads stay alone), decay of distances (None: pairs are selected)."""
     alone = all(len(group.members) == 1 for group in groups)
-    fewer = sizes(task.problem, task.student)[0] < sizes(task.problem, task.teacher)[0]
-    old, new = rotary_of(task.teacher), rotary_of(task.student)
+    problem, student, teacher = reduction.problem, reduction.student, reduction.teacher
+    fewer = sizes(problem, student)[0] < sizes(problem, teacher)[0]
     decays: list[float | None] = [0.0]
-    if old and new and old.frequencies != new.frequencies:
+    if reduction.turns_otherwise:
         decays = [*DECAYS, None] if alone else [DECAYS[-2]]
     for decay in decays:
         suffix = "pairs" if decay is None else f"1/d^{decay:g}" if decay else ""
         for pool in [None] if alone else [*POOLINGS, "svd"]:
-            if pool is None and not task.narrower:
+            if pool is None and not reduction.narrower:
                 name = prefix or ("dropped" if fewer else "original")
             else:
                 words = [prefix, pool or ("" if decay is None else "svd"), suffix]
