@@ -4,8 +4,8 @@ Second moments tell it in part: shared keys and values move, and the queries wit
 of a difference that was large may be left. So every two key/value heads are fitted by a layer with
 one key/value head to what the two gave, for some steps on mini-batches
 (:mod:`attnreg.solvers.steepest` has the steps). All pairs are one layer, so that their projections
-are one product; only the readouts are each pair's own. With features ``F_p`` (a constant among them where the output has a
-bias) and targets ``T_p``::
+are one product; only the readouts are each pair's own. With features ``F_p`` (a constant among them
+where the output has a bias) and targets ``T_p``::
 
     O_p = (F_p^T W F_p)^-1 F_p^T W T_p         over the last mini-batches
     u_p = 2 W (F_p O_p - T_p) O_p^T            what goes back through the features
