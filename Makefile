@@ -65,6 +65,7 @@ bench-large: $(INSTALLED_BENCH)  ## the same in large (hours; goes on where it w
 	@$(BIN)/python -m benchmarks.large_layers --tier large
 	@$(BIN)/python -m benchmarks.planted_suite --tier large
 	@$(BIN)/python -m benchmarks.little_data
+	@$(BIN)/python -m benchmarks.little_data --averaged
 	@$(BIN)/python -m benchmarks.table
 
 bench-all: $(INSTALLED_BENCH)  ## every other benchmark too, JSON in benchmarks/results/ (a day)

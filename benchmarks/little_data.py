@@ -15,6 +15,7 @@ in three ways: by curvature, by mini-batches, and as far as the validation seque
 peer's best setting too.
 
     python -m benchmarks.little_data
+    python -m benchmarks.little_data --averaged      from mean-pooled heads, which explain nothing
 
 Layers are kept as they are done; an interrupted run goes on, and runs with different `--layers`
 side by side add to one file. `--fresh` begins anew, `--ours` makes attnreg's rows anew and keeps
@@ -80,6 +81,7 @@ class Setting:
 
 SETTINGS = {
     "bench": Setting((0, 3, 5), (8, 32, 96), (4.0, 6.0, 12.0)),
+    "averaged": Setting((0, 3, 5), (32, 96), (6.0, 12.0)),
     "quick": Setting((3,), (32,), (2.0,), 16),
 }
 
@@ -87,7 +89,7 @@ SETTINGS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; see the module's docstring."""
     options = _options(arguments)
-    tier = "quick" if options.quick else "bench"
+    tier = "quick" if options.quick else "averaged" if options.averaged else "bench"
     setting = SETTINGS[tier]
     everybody, missing = installed(found())
     peers = [peer for peer in everybody if peer.name in NAMES]
@@ -104,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name = f"layer {number}"
         before = resumed(path, content, "layers").get(name)
         if before is None or options.ours:
-            rows = _layer(number, setting, peers, before)
+            rows = _layer(number, setting, peers, before, averaged=options.averaged)
             content["layers"] = dict(
                 sorted({**resumed(path, content, "layers"), name: rows}.items())
             )
@@ -113,7 +115,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _layer(
-    number: int, setting: Setting, peers: Sequence[Peer], before: Mapping[str, Any] | None
+    number: int,
+    setting: Setting,
+    peers: Sequence[Peer],
+    before: Mapping[str, Any] | None,
+    *,
+    averaged: bool,
 ) -> dict[str, Any]:
     """Rows by number of sequences, those of peers from before where there are any."""
     layer = load_layer(max(setting.sequences), 2 * setting.scored, setting.tokens, number)
@@ -123,14 +130,17 @@ def _layer(
     cells = {}
     for count, seconds in zip(setting.sequences, setting.seconds, strict=True):
         fitted = layer.train.part(0, count)
-        start = best_start(fitted.attention(), ORIGINAL, original, STUDENT)
-        bed = Bed(start.unsolved, dict(zip(TEXTS, (fitted, judging, scoring, third), strict=True)))
-        rows = {"start": bed.errors(bed.start) | {"setting": start.name}}
+        name, start = "mean-pooled heads", layer.pooled
+        if not averaged:
+            best = best_start(fitted.attention(), ORIGINAL, original, STUDENT)
+            name, start = best.name, best.unsolved
+        bed = Bed(start, dict(zip(TEXTS, (fitted, judging, scoring, third), strict=True)))
+        rows = {"start": bed.errors(bed.start) | {"setting": name}}
         kept = {} if before is None else before[str(count)]["rows"]
         for peer in peers:
             rows |= peer_rows(peer, bed, seconds, kept)
         rows |= our_rows(bed, seconds)
-        weights = sum(value.numel() for value in start.weights.values())
+        weights = sum(value.numel() for value in start.values())
         cells[str(count)] = {
             "seconds": seconds,
             "residuals_a_weight": fitted.B.numel() / weights,
@@ -242,6 +252,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     quick = "one layer, 32 sequences and 2 s a run"
     parser = command_line("little_data", __doc__, quick=quick)
     parser.add_argument("--layers", type=int, nargs="+", help="of 0, 3 and 5")
+    parser.add_argument("--averaged", action="store_true", help="begin at mean-pooled heads")
     parser.add_argument("--fresh", action="store_true", help="begin the file anew")
     parser.add_argument("--ours", action="store_true", help="make attnreg's rows anew")
     return parse(parser, arguments, threads=1)

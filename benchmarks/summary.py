@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +256,7 @@ def _grouping(content: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _little(content: dict[str, Any]) -> list[str]:
+def _little(content: dict[str, Any], label: str = "little data") -> list[str]:
     cells = [
         (f"{name}, {count} sequences", cell["rows"])
         for name, counts in content["layers"].items()
@@ -274,10 +275,10 @@ def _little(content: dict[str, Any]) -> list[str]:
         first += min(gains[""]) > 0
         alone, ridged = ([f"{100 * gain:.1f}%" for gain in found] for found in gains.values())
         lines.append(
-            f"little data, {name}: below the best peer by {alone[0]} on the same texts, {alone[1]} "
+            f"{label}, {name}: below the best peer by {alone[0]} on the same texts, {alone[1]} "
             f"on the third; with a ridge on its end by {ridged[0]}, {ridged[1]}"
         )
-    return [f"little data: below all peers on {first} of {len(cells)}", *lines]
+    return [f"{label}: below all peers on {first} of {len(cells)}", *lines]
 
 
 def _multimodal(content: dict[str, Any]) -> list[str]:
@@ -302,6 +303,7 @@ LINES = {
     "large_layers-large": _large,
     "grouping": _grouping,
     "little_data": _little,
+    "little_data-averaged": partial(_little, label="averaged heads"),
     "real_layer": _layer,
     "product_cost": _product,
     "roofline": _roofline,

@@ -24,6 +24,10 @@ PAGE = DOCS / "benchmarks.md"
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 RATIOS = (1.0, 2.0, 10.0)
 TITLES = {"quick": "`make bench-quick`", "bench": "`make bench`", "large": "`make bench-large`"}
+LITTLE = {
+    "bench": "Little data, `python -m benchmarks.little_data`",
+    "averaged": "Little data from averaged heads, `python -m benchmarks.little_data --averaged`",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -55,8 +59,9 @@ def tables(tiers: Iterable[str]) -> str:
             parts.append(planted_tables(suite, tier))
         if layers is not None:
             parts.append(layer_tables(layers, tier))
-        if tier == "bench" and (little := read("little_data", tier)) is not None:
-            parts.append(little_table(little))
+        if tier == "bench":
+            found = ((name, read("little_data", name)) for name in LITTLE)
+            parts += [little_table(little, name) for name, little in found if little is not None]
     return "\n\n".join(parts)
 
 
@@ -217,7 +222,7 @@ def _layer_parts(name: str, layer: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def little_table(content: Mapping[str, Any]) -> str:
+def little_table(content: Mapping[str, Any], tier: str) -> str:
     """Errors on sequences that chose nothing, by layer and number of sequences."""
     lines, columns = [], list[str]()
     for name, cells in content["layers"].items():
@@ -235,7 +240,7 @@ def little_table(content: Mapping[str, Any]) -> str:
     tried = _sentence(f"{name} {len(names)}" for name, names in content["setting"]["tried"].items())
     return "\n\n".join(
         [
-            "### Little data, `python -m benchmarks.little_data`",
+            f"### {LITTLE[tier]}",
             "Errors on sequences that chose nothing, of the same two texts and of the third. "
             f"Settings tried: {tried}. {_machine(content)}",
             markdown(head, lines),

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from attnreg import MultiHead
 from benchmarks import common, large_layers, roofline
 from benchmarks.layer_problem import Data, Layer
-from benchmarks.peers import OURS, Peer, Trace, found
+from benchmarks.peers import OURS, Peer, Trace, Validated, found, run
 
 PEERS = [peer for peer in found() if peer.layers]
 
@@ -132,6 +133,41 @@ def test_the_best_finalist_is_the_row(monkeypatch):
     ends["c"][1] = 0.8  # and where it is not better, the row is
     worse = large_layers.peer_row(peer, Bed(), wider, row)
     assert worse == row | {"finals": row["finals"] | {"c": 0.8}}
+
+
+WAYS = [(True, (0.5, 0.4)), (True, (0.3, 0.4)), (False, (0.5,))]
+
+
+@pytest.mark.parametrize(("scarce", "ends"), WAYS)
+def test_our_row_is_the_better_way(monkeypatch, scarce, ends):
+    """Validated fits are a second way where data are few."""
+    bed = SimpleNamespace(fitted=SimpleNamespace(attention=dict), start={}, judging="others")
+    monkeypatch.setattr(large_layers, "scarce", lambda problem, start: scarce)
+    asked = []
+
+    def fits(method, given, tier):
+        assert given is bed
+        asked.append(method)
+        return {"setting": method.name, "errors": {"validation": ends[len(asked) - 1]}}
+
+    monkeypatch.setattr(large_layers, "_our_fits", fits)
+    row = large_layers.our_row(bed, large_layers.TIERS["quick"])
+    assert asked == [OURS, Validated("others")][: len(ends)]
+    names = [method.name for method in asked]
+    assert row["finals"] == dict(zip(names, ends, strict=True))
+    assert row["setting"] == names[ends.index(min(ends))]
+
+
+def test_a_validated_fit_is_run_like_a_peer():
+    inputs = [torch.randn(12, 6, 8, generator=torch.Generator().manual_seed(i)) for i in (0, 1)]
+    model = MultiHead(4, 2, 2)
+    fitted, others = (Data(A, torch.tanh(A), model) for A in inputs)
+    start = model.start(fitted.attention(), 0)
+    trace = run(Validated(others), fitted, start, 0.5)
+    assert trace.note == "VALIDATED"
+    assert trace.derivatives > 0
+    assert trace.total_seconds > 0
+    assert float(others.loss(trace.weights)) < float(others.loss(start))
 
 
 def test_verdicts_compare_with_the_best_of_each_target():

@@ -3,12 +3,13 @@
 import json
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import common, little_data
-from benchmarks.layer_problem import ORIGINAL, STUDENT, Bed, Data, with_outputs
+from benchmarks.layer_problem import ORIGINAL, STUDENT, Bed, Data, Layer, with_outputs
 from benchmarks.peers import Peer, Trace
 
 
@@ -109,7 +110,8 @@ def test_layers_side_by_side_add_to_one_file(tmp_path, monkeypatch):
     monkeypatch.setattr(little_data, "_print", lambda name, cells: None)
     made = []
 
-    def layer(number, setting, peers, before):
+    def layer(number, setting, peers, before, *, averaged):
+        assert averaged == (setting.sequences == (32, 96))
         made.append(number)
         return {"made": len(made), "before": before and before["made"]}
 
@@ -127,3 +129,24 @@ def test_layers_side_by_side_add_to_one_file(tmp_path, monkeypatch):
     little_data.main(["--layers", "3", "--fresh"])
     assert made == [5, 3, 3, 3]
     assert layers() == {"layer 3": {"made": 4, "before": None}}
+    little_data.main(["--layers", "0", "--averaged"])
+    content = json.loads((tmp_path / "little_data-averaged.json").read_text())
+    assert content["layers"] == {"layer 0": {"made": 5, "before": None}}
+
+
+def test_a_layer_begins_at_the_best_start_or_at_averaged_heads(monkeypatch, bed):
+    pooled, best, begun = bed.start, {**bed.start, "W_Q": bed.start["W_K"].repeat(1, 3)}, []
+    data = Data(bed.fitted.A.repeat(2, 1, 1), bed.fitted.B.repeat(2, 1, 1))
+    layer = Layer(data, data, pooled, {name: bed.start[name] for name in little_data.WEIGHTS})
+    found = SimpleNamespace(name="best", unsolved=best)
+    monkeypatch.setattr(little_data, "load_layer", lambda *given: layer)
+    monkeypatch.setattr(little_data, "third_text", lambda *given: data)
+    monkeypatch.setattr(little_data, "best_start", lambda *given: found)
+    monkeypatch.setattr(little_data, "our_rows", lambda bed, seconds: begun.append(bed.start) or {})
+    setting = little_data.Setting((3,), (2,), (0.5,), 2)
+    for averaged, start, name in ((False, best, "best"), (True, pooled, "mean-pooled heads")):
+        cells = little_data._layer(3, setting, [], None, averaged=averaged)
+        assert begun.pop() is start
+        assert cells["2"]["rows"]["start"]["setting"] == name
+        weights = sum(value.numel() for value in start.values())
+        assert cells["2"]["residuals_a_weight"] == data.part(0, 2).B.numel() / weights

@@ -93,7 +93,7 @@ def test_near_is_what_explains_a_tenth_of_the_spread(monkeypatch, rows):
 
 @pytest.mark.usefixtures("small_batches")
 def test_a_sampled_gradient_is_that_of_its_sequences(monkeypatch):
-    monkeypatch.setattr(minibatches, "SAMPLE_ROWS", 60)
+    monkeypatch.setattr(minibatches, "GRADIENT_ROWS", 60)
     problem, start = planted()
     theta, _ = MODEL.split(problem, start)
     objective = Objective(problem, MODEL)

@@ -349,7 +349,8 @@ def test_little_data_in_the_table_and_in_the_summary():
         "setting": {"tried": {"Adam": ["a", "b"], "Muon": ["c"]}},
         "layers": {"layer 3": {"32": cell, "96": {**cell, "rows": worse}}},
     }
-    text = table.little_table(content)
+    text = table.little_table(content, "averaged")
+    assert text.startswith("### Little data from averaged heads, `python -m benchmarks.little_data")
     assert "Settings tried: Adam 2; Muon 1." in text
     line = (
         "| layer 3 | 32 | 4 | 6 | 0.9, 1.2 | 0.5, 0.8 | 0.6, 0.7 | 0.45, 0.7 | 0.6, 0.7 "
@@ -363,6 +364,7 @@ def test_little_data_in_the_table_and_in_the_summary():
         "little data, layer 3, 96 sequences: below the best peer by -10.0% on the same texts, "
         "14.3% on the third; with a ridge on its end by -22.2%, 14.3%",
     ]
+    assert summary._little(content, "averaged heads")[0].startswith("averaged heads: below all")
 
 
 def test_only_the_part_between_the_markers_is_written():

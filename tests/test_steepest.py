@@ -7,8 +7,9 @@ import attnreg
 from attnreg.kronecker import split_blocks
 from attnreg.models import Rotary
 from attnreg.objective import Objective
+from attnreg.solvers.choice import ENOUGH
 from attnreg.solvers.minibatches import features_of
-from attnreg.solvers.steepest import ScaledInputs, polar_factors
+from attnreg.solvers.steepest import SCALED, ScaledInputs, polar_factors, scaled_power
 
 GENERATOR = torch.Generator
 
@@ -57,19 +58,25 @@ def test_features_and_gradients_are_those_of_the_given_coordinates(name, cross):
         torch.testing.assert_close(inputs.pulled(wanted), found, rtol=1e-10, atol=1e-11)
 
 
-def test_the_second_moment_of_scaled_inputs_is_a_power():
-    # Along the eigenvectors it is lambda * s^2, that is mean (lambda / mean)^(1 - 2 * 0.2).
+@pytest.mark.parametrize("power", [0.2, 0.05, 0.0])
+def test_the_second_moment_of_scaled_inputs_is_a_power(power):
+    # Along the eigenvectors it is lambda * s^2, that is mean (lambda / mean)^(1 - 2 power).
     target = objective("bilinear")
-    inputs = ScaledInputs(target)
+    inputs = ScaledInputs(target, power)
     rows = torch.cat([b.A1.flatten(0, 1)[b.weights.flatten() > 0] for b in target.problem.batches])
     scaled = torch.cat(
         [inputs.batch(b).A1.flatten(0, 1)[b.weights.flatten() > 0] for b in target.problem.batches]
     )
     moment = rows.mT @ rows / len(rows)
     values = torch.linalg.eigvalsh(moment)
-    expected = values.mean() * (values / values.mean()) ** 0.6
+    expected = values.mean() * (values / values.mean()) ** (1 - 2 * power)
     found = scaled.mT @ scaled / len(rows)
     torch.testing.assert_close(found, torch.diag(expected), rtol=1e-9, atol=1e-10)
+
+
+def test_the_power_grows_with_the_data_up_to_enough():
+    found = [scaled_power(share * ENOUGH) for share in (0.0, 0.1, 0.5, 1.0, 10.0)]
+    assert found == pytest.approx([share * SCALED for share in (0.0, 0.1, 0.5, 1.0, 1.0)])
 
 
 @pytest.mark.parametrize("name", ["bilinear", "heads", "norms"])

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import attnreg
 from attnreg.objective import Objective, Point
 from attnreg.records import Status
-from attnreg.solvers import choice, minibatches, rounds, stochastic
+from attnreg.solvers import choice, minibatches, rounds, steepest, stochastic
 from attnreg.solvers.minibatches import Pooled
 from attnreg.solvers.minibatches import minibatches as cut
 from attnreg.solvers.run import Settings
@@ -72,8 +72,8 @@ def test_scaled_inputs_do_not_outlive_the_run(monkeypatch):
     kept = []
 
     class Seen(stochastic.ScaledInputs):
-        def __init__(self, objective):
-            super().__init__(objective)
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
             kept.append(weakref.ref(self))
 
     class After(rounds.TrustRegion):
@@ -98,6 +98,24 @@ def test_queries_and_keys_are_slower_from_a_near_start():
     far, near = (loop(problem, start, near=near)._steepest._lengths for near in (False, True))
     expected = [stochastic.NEAR * far[0], stochastic.NEAR * far[1], far[2]]  # query, key, value
     assert near == pytest.approx(expected, rel=1e-15)
+
+
+@pytest.mark.parametrize("near", [True, False])
+def test_with_far_to_go_inputs_are_scaled_as_the_data_allow(monkeypatch, near):
+    powers = []
+
+    class Seen(stochastic.ScaledInputs):
+        def __init__(self, objective, power):
+            super().__init__(objective, power)
+            powers.append(power)
+
+    monkeypatch.setattr(stochastic, "ScaledInputs", Seen)
+    problem, start = planted()
+    loop(problem, start, near=near)
+    residuals = problem.n_rows * problem.d_out / sum(w.numel() for w in MODEL.split(problem, start))
+    assert residuals < choice.ENOUGH
+    share = 1.0 if near else residuals / choice.ENOUGH
+    assert powers == [pytest.approx(steepest.SCALED * share, rel=1e-12)]
 
 
 def test_a_logit_matrix_alone_keeps_its_rate():
@@ -227,6 +245,25 @@ def test_the_rate_rises_and_falls(small_batches):
     assert 0 < peak <= stochastic.WARM_UP
     assert factors[-1] == pytest.approx(0.0, abs=1e-12)
     assert all(math.isfinite(f) and 0 <= f <= 1 for f in factors)
+
+
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize("near", [True, False])
+@pytest.mark.parametrize(("shorter", "times"), [(0.5, 1.0), (4.0, 2.0), (100.0, 3.0)])
+def test_a_short_run_with_far_to_go_has_a_higher_rate(monkeypatch, near, shorter, times):
+    problem, start = planted()
+    steps = 10 * stochastic.steps_of_iteration(cut(problem.batches))
+    monkeypatch.setattr(stochastic, "SHORT", shorter * steps)
+    run = loop(problem, start, iterations=10, near=near)
+    assert run._faster() == 1.0  # nothing is known before the first step
+    for step in (1, steps // 3, steps - 1):
+        run._steps = step
+        assert run._faster() == pytest.approx(1.0 if near else times, rel=1e-12)
+    moved = []
+    monkeypatch.setattr(run._steepest, "move", lambda theta, gradient, rate: moved.append(rate))
+    run._step(run._scaled[0])
+    run._steps = steps - 1
+    assert moved == [pytest.approx(run._factor() * run._faster(), rel=1e-12)]
 
 
 @pytest.mark.usefixtures("small_batches")

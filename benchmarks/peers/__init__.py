@@ -9,7 +9,7 @@ import pkgutil
 from collections.abc import Iterable
 
 from benchmarks.peers.base import Method, Peer, PlantedArrays, Status, Trace, Weights, run
-from benchmarks.peers.ours import OURS
+from benchmarks.peers.ours import OURS, Validated
 
 __all__ = [
     "OURS",
@@ -18,6 +18,7 @@ __all__ = [
     "PlantedArrays",
     "Status",
     "Trace",
+    "Validated",
     "Weights",
     "found",
     "installed",

@@ -77,5 +77,36 @@ def _status(trace: Trace, recorder: Recorder) -> Status:
     return Status.CONVERGED if trace.note == "CONVERGED" else Status.STALLED
 
 
+@dataclass(frozen=True)
+class Validated:
+    """`attnreg.fit_validated`; the clock includes building the problems and all that is judged.
+
+    Attributes:
+        judging: The sequences that say how far to go.
+    """
+
+    judging: Problem
+    patience: int = 10**9
+    name: str = "attnreg, validated"
+
+    def solve(self, problem: Problem, start: Weights, recorder: Recorder) -> str:
+        """See `Method.solve`."""
+        import attnreg
+
+        assert problem.model is not None
+        result = attnreg.fit_validated(
+            problem.attention(),
+            self.judging.attention(),
+            problem.model,
+            init=start,
+            max_iterations=UNLIMITED,
+            max_seconds=recorder.max_seconds,
+        )
+        trace = recorder.trace
+        trace.weights, trace.loss = dict(result.parameters), result.loss
+        trace.derivatives = result.history[-1].passes if result.history else 0
+        return result.status.name
+
+
 OURS = Ours()
 PLANTED = (OURS, Ours(starts=16), Ours(starts=64))

@@ -7,12 +7,12 @@ squares from as many features as the layer is wide, then everything else. So
   chooses (:mod:`.judging`);
 - mini-batches run in rounds, the first of about :data:`FIRST_STEPS` steps times the root of the
   residuals a weight and each later one :data:`LONGER` times as long, each from the end of the one
-  before and with the ridge that was best there;
+  before, with the ridge that was best there towards the centre that was best at the start;
 - from the end of a round the way back to the start is tried, a fifth (:data:`.judging.BACK`) at a
   time, while that lowers the error. Where it does, the round went too far and was the last; so was
   one after the first that brought nothing.
 
-The lowest validation error wins. From :data:`.judging.ENOUGH` residuals a weight on there is one
+The lowest validation error wins. From :data:`.choice.ENOUGH` residuals a weight on there is one
 run of mini-batches for all of the time and no ridge (trials in docs/theory.md; with less:
 `benchmarks/little_data.py`).
 
@@ -28,13 +28,14 @@ from dataclasses import dataclass, field
 import torch
 
 from attnreg.fitting import check_bounds
-from attnreg.judging import Candidate, Judge, Stored, Weights, error_of, lowest, residuals_a_weight
+from attnreg.judging import Candidate, Judge, Stored, Weights, error_of, lowest
 from attnreg.models import Model
 from attnreg.objective import Objective
 from attnreg.problem import AttentionProblem
 from attnreg.progress import ProgressDisplay
 from attnreg.records import Callback, IterationRecord, Status
 from attnreg.result import FitResult
+from attnreg.solvers.choice import residuals_a_weight
 from attnreg.solvers.minibatches import Pooled, minibatches, sampled
 from attnreg.solvers.run import Settings, counted_on, relative_gradient_norm
 from attnreg.solvers.stochastic import Stochastic, steps_of_iteration
@@ -154,7 +155,7 @@ def fit_validated(
     point = found.point or Pooled(objective, minibatches(problem.batches), theta)
     point = point.under(objective)
     loss = point.loss_at(readout)
-    towards = f" towards {TOWARDS[found.center]}" if found.center else ""
+    towards = f" towards {TOWARDS[found.center]}" if found.ridge else ""
     chosen = (
         f"{found.step:g} of the way to the end of a round, readout with a ridge of {found.ridge:g} "
         f"of the features' mean square{towards}"
@@ -220,15 +221,19 @@ def held_out_fit(
             "the validation error of the start is not finite: weights or inputs overflow; use "
             "float32 or bfloat16, or scale the inputs"
         )
-    # After a round its end is judged, and two points on the way back; one more for the result.
-    available = (math.inf if bounds.seconds is None else bounds.seconds) - 4 * scoring
     records: list[IterationRecord] = []
     generator = torch.Generator().manual_seed(seed)
-    point = judge.ridged(at_start[-1]) or sampled(objective, judge.theta)
+    solved = lowest(at_start[1:] or at_start)
+    point = judge.ridged(solved) or sampled(objective, judge.theta)
     near = point.explains(judge.readout)
+    # The last end is judged, half of that is for the result. Two or three points on the way back:
+    # where the start is near, going too far is likely.
+    ends = began + (math.inf if bounds.seconds is None else bounds.seconds) - 1.5 * scoring
+    available = ends - began - (2.5 * scoring if near else 0.0)
     epochs = bounds.iterations
     if judge.few:
-        steps = FIRST_STEPS * residuals_a_weight(objective.problem, start) ** 0.5
+        weights = judge.theta.numel() + judge.readout.numel()
+        steps = FIRST_STEPS * residuals_a_weight(objective.problem, weights) ** 0.5
         epochs = math.ceil(steps / steps_of_iteration(judge.batches))
     path, status, done, running = {}, Status.VALIDATED, 0, 0.0
     try:
@@ -246,7 +251,8 @@ def held_out_fit(
             running += time.perf_counter() - entered
             assert isinstance(outcome.point, Pooled)
             first, done = not done, records[-1].iteration
-            end = lowest(judge.look(judge.weights_of(outcome.point), 1.0, outcome.point))
+            looked = judge.look(judge.weights_of(outcome.point), 1.0, outcome.point)
+            end = lowest(looked)
             if math.isfinite(end.error):
                 path[str(done)] = end.error
             better = end.error < best.error
@@ -256,12 +262,13 @@ def held_out_fit(
                 break
             if not judge.few:
                 break
-            nearer = judge.way_back(end, began + available + 2 * scoring)
+            nearer = judge.way_back(end, ends)
             best = min(best, nearer, key=error_of)
             too_far = nearer.error < end.error
             if too_far or not (first or better) or outcome.status is not Status.MAX_ITERATIONS:
                 break
-            point, epochs = judge.ridged(end) or outcome.point, LONGER * epochs
+            going_on = next((one for one in looked if one.center == solved.center), end)
+            point, epochs = judge.ridged(going_on) or outcome.point, LONGER * epochs
     except KeyboardInterrupt:
         status = Status.INTERRUPTED
     return Chosen(

@@ -14,22 +14,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from attnreg.objective import Objective
 from attnreg.problem import AttentionProblem
+from attnreg.solvers.choice import ENOUGH, residuals_a_weight
 from attnreg.solvers.minibatches import Pooled, minibatches
 
 RIDGES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 
 BACK = 5
 """Parts of the way back from an end to the start."""
-
-ENOUGH = 40
-"""Residuals a weight from which least squares needs no ridge."""
 
 Weights = Mapping[str, Tensor]
 Stored = Callable[[Weights], Weights]
@@ -45,8 +43,9 @@ class Candidate:
         step: How far from the start to the end of a round: 0 the start, 1 the end.
         point: Their features, under whatever ridge, on the sequences to fit on; None where they
             were not needed.
-        ridge: On the readout, as a share of the features' mean square.
-        center: What it pulls towards: ``"start"``, ``"zero"``, or nothing.
+        ridge: On the readout, as a share of the features' mean square; 0 by least squares.
+        center: What ridges of its kind pull towards: ``"start"``, ``"zero"``, or nothing where
+            the readout was not solved.
     """
 
     weights: Weights
@@ -59,12 +58,7 @@ class Candidate:
 
 def scarce(problem: AttentionProblem, weights: Weights) -> bool:
     """Whether there are too few residuals a weight to do without early stopping and ridges."""
-    return residuals_a_weight(problem, weights) < ENOUGH
-
-
-def residuals_a_weight(problem: AttentionProblem, weights: Weights) -> float:
-    """Rows times outputs over the number of parameters."""
-    return problem.n_rows * problem.d_out / sum(value.numel() for value in weights.values())
+    return residuals_a_weight(problem, sum(value.numel() for value in weights.values())) < ENOUGH
 
 
 def error_of(candidate: Candidate) -> float:
@@ -124,7 +118,7 @@ class Judge:
         if point is None:
             return None
         ridge = None
-        if candidate.center:
+        if candidate.ridge:
             ridge = point.readout_ridge(candidate.ridge, self._centers[candidate.center])
         return point.under(point.objective.with_ridge(ridge))
 
@@ -135,16 +129,16 @@ class Judge:
         point: Pooled | None = None,
         objective: Objective | None = None,
     ) -> list[Candidate]:
-        """Weights as they are; where data are few, with the best readout for their features.
+        """Weights as they are; where data are few, with the best readouts for their features.
 
         Args:
-            weights: The weights. At the start both ways count, the second one last.
+            weights: The weights. At the start they count as they are too, first.
             step: As in :class:`Candidate`.
             point: Theirs on the sequences to fit on, where it is known.
             objective: Counts the pass over these where it is not.
 
         Returns:
-            One or two.
+            One as they are, or one for each centre: the best ridge towards it, or least squares.
         """
         model, other = self._objective.model, self._other.problem
         theta, readout = model.split(other, self._stored(weights))
@@ -160,24 +154,28 @@ class Judge:
             found.append(Candidate(weights, _error(judging, readout), step, point))
         if self.few:
             assert point is not None
-            found.append(self._solved(weights, step, point, judging))
+            found += self._solved(weights, step, point, judging)
         return found
 
-    def _solved(self, weights: Weights, step: float, point: Pooled, judging: Pooled) -> Candidate:
-        """The best of least squares and the ridges."""
+    def _solved(
+        self, weights: Weights, step: float, point: Pooled, judging: Pooled
+    ) -> list[Candidate]:
+        """For each centre the best of least squares and the ridges towards it."""
         model, problem = self._objective.model, self._objective.problem
 
-        def tried(readout: Tensor, share: float = 0.0, center: str = "") -> Candidate:
+        def tried(readout: Tensor, share: float, center: str) -> Candidate:
             solved = model.join(problem, point.theta, readout, weights)
             _, kept = model.split(self._other.problem, self._stored(solved))
             return Candidate(solved, _error(judging, kept), step, point, share, center)
 
-        best = tried(point.under(point.objective.with_ridge(None)).readout)
+        free = tried(point.under(point.objective.with_ridge(None)).readout, 0.0, "")
+        found = []
         for name, center in self._centers.items():
-            readouts = point.ridged_readouts(RIDGES, center)
+            best, readouts = replace(free, center=name), point.ridged_readouts(RIDGES, center)
             for share, readout in zip(RIDGES, readouts, strict=True):
                 best = min(best, tried(readout, share, name), key=error_of)
-        return best
+            found.append(best)
+        return found
 
     def way_back(self, end: Candidate, until: float) -> Candidate:
         """From an end towards the start while that lowers the error and there is time.

@@ -48,7 +48,6 @@ class Objective:
         ridge: That of the problem, or the one given to :meth:`with_ridge`; or None.
         targets: ``(rows, d_out)``, the rows of all batches, padding included.
         weights: ``(rows, 1)``, or None where every row has weight 1.
-        left: Mean second moments of the inputs of the parameter blocks, decomposed.
         target_norm_squared: ``||B - mean||_F^2``; 1 where that is 0.
         operations: Operations of everything done with this objective.
     """
@@ -57,7 +56,6 @@ class Objective:
         self.problem, self.model = problem, model
         self.layout = model.layout(problem)
         self.ridge = model.ridge(problem)
-        self.left = [LeftFactor.of(m, problem.dtype) for m in model.input_moments(problem)]
         targets = [batch.B.flatten(0, 1) for batch in problem.batches]
         self.targets = targets[0] if len(targets) == 1 else torch.cat(targets)
         weights = torch.cat([batch.weights.flatten() for batch in problem.batches])[:, None]
@@ -66,6 +64,12 @@ class Objective:
         self.operations = Operations()
         self._points: list[Features] = []
         self._passes = 0
+
+    @cached_property
+    def left(self) -> list[LeftFactor]:
+        """Mean second moments of the inputs of the parameter blocks, decomposed."""
+        moments = self.model.input_moments(self.problem)
+        return [LeftFactor.of(moment, self.problem.dtype) for moment in moments]
 
     @property
     def passes(self) -> int:
@@ -79,6 +83,7 @@ class Objective:
     def with_ridge(self, ridge: Ridge | None) -> Objective:
         """The same with another ridge; operations are counted together, passes go on from here."""
         other = copy.copy(self)
+        other.left = self.left  # made once for both
         other.ridge, other._passes, other._points = ridge, self.passes, []
         return other
 

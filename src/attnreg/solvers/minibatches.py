@@ -37,7 +37,10 @@ EXPLAINED = 0.1
 on one sample a little more than that and on the next less, and have far to go."""
 
 SAMPLE_ROWS = 8192
-"""Rows from which a start and a gradient are estimated, about."""
+"""Rows from which a start is estimated, about."""
+
+GRADIENT_ROWS = 2048
+"""Rows from which a gradient is estimated that only its norm is wanted of, about."""
 
 
 def stride(length: int) -> int:
@@ -107,7 +110,7 @@ class Pooled:
 
     What :class:`attnreg.objective.Point` is, without second derivatives: the readout and the loss
     come, in float64, from ``F^T W F``, ``F^T W B`` and ``||B||_W^2``, the gradient from a second
-    pass over about :data:`SAMPLE_ROWS` rows. What is summed over some of the rows is scaled up to
+    pass over about :data:`GRADIENT_ROWS` rows. What is summed over some of the rows is scaled up to
     all, so that with all mini-batches readout and loss are exact, with some of them estimates; the
     gradient is exact where there are no more rows.
 
@@ -233,7 +236,7 @@ class Pooled:
     def gradient(self) -> Tensor:
         """By ``theta``, ridges included, flat."""
         objective, theta = self.objective, self.theta
-        chosen = spread(self.batches, SAMPLE_ROWS)
+        chosen = spread(self.batches, GRADIENT_ROWS)
         gradient = torch.zeros_like(theta)
         for batch in chosen:
             features = features_of(objective, batch, theta)

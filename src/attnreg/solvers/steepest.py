@@ -3,7 +3,7 @@ r"""Steps of mini-batches: inputs in scaled coordinates, and orthogonal matrices
 With the second moment ``Q diag(lambda) Q^T`` of a block's inputs, the inputs ``A`` are replaced by
 ``A T`` with::
 
-    T = Q diag(s),    s = (lambda / mean lambda)^(-SCALED)
+    T = Q diag(s),    s = (lambda / mean lambda)^(-power)
 
 once, so that the block ``w`` becomes ``T^-1 w`` and a step needs no product for it. A step of a
 head then is the polar factor ``M (M^T M)^(-1/2)`` of the running mean ``M`` of its gradient
@@ -26,9 +26,11 @@ from torch import Tensor
 from attnreg.batching import Batch
 from attnreg.kronecker import ParameterBlock, split_blocks
 from attnreg.objective import Objective
+from attnreg.solvers.choice import ENOUGH
 
 SCALED = 0.2
-"""Power of the inputs' second moment; 1/2 would whiten them, and give noise the same weight."""
+"""Power of the inputs' second moment; 1/2 would whiten them, and give noise the same weight. With
+few residuals a weight there is noise wherever inputs vary little (:func:`scaled_power`)."""
 
 MOMENTUM = 0.9
 
@@ -39,6 +41,18 @@ _Basis = tuple[Tensor, Tensor]
 """``Q`` ``(d, d)`` and ``s`` ``(d, 1)``."""
 
 
+def scaled_power(residuals_a_weight: float) -> float:
+    """The power with far to go: :data:`SCALED` from :data:`.choice.ENOUGH` on, with less data less.
+
+    Args:
+        residuals_a_weight: Of the fit.
+
+    Returns:
+        The power, in proportion to the data up to there.
+    """
+    return SCALED * min(1.0, residuals_a_weight / ENOUGH)
+
+
 class ScaledInputs:
     """Coordinates ``T^-1 w`` of the parameter blocks whose inputs are data.
 
@@ -47,9 +61,10 @@ class ScaledInputs:
     Args:
         objective: Gives the blocks and their inputs' second moments. Inputs that are the same
             tensor have the same coordinates, those of the first block that reads them.
+        power: Of the second moment.
     """
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, objective: Objective, power: float = SCALED) -> None:
         self._blocks = objective.layout.blocks
         batch = objective.problem.batches[0]
         self._dtype, self._device = batch.B.dtype, batch.B.device
@@ -61,7 +76,7 @@ class ScaledInputs:
             inputs = getattr(batch, block.inputs)
             if id(inputs) not in shared:
                 width = inputs.shape[2]
-                shared[id(inputs)] = _basis(left.matrix[:width, :width])
+                shared[id(inputs)] = _basis(left.matrix[:width, :width], power)
             self._names[block.inputs] = shared[id(inputs)]
 
     def batch(self, batch: Batch) -> Batch:
@@ -110,12 +125,12 @@ class ScaledInputs:
         return torch.cat(parts)
 
 
-def _basis(moment: Tensor) -> _Basis:
+def _basis(moment: Tensor, power: float) -> _Basis:
     values, vectors = torch.linalg.eigh(moment.double())
     mean = values.mean()
     if not float(mean) > 0.0:  # inputs of zero
         return vectors.to(moment.dtype), torch.ones_like(moment[:, :1])
-    scales = (values / mean).clamp_min(SMALLEST).pow(-SCALED)
+    scales = (values / mean).clamp_min(SMALLEST).pow(-power)
     return vectors.to(moment.dtype), scales[:, None].to(moment.dtype)
 
 

@@ -19,9 +19,11 @@ The root mean square of a step is :data:`RATE` times that of the block at the st
 singular value of a head changes by about the same share whatever its width and the data's scale.
 Queries and keys move at :data:`NEAR` times that from a start that explains a tenth already: they
 need not go far, and what they learn by heart does harm first. (A logit matrix with fixed values has
-the whole rate.) The rate rises over :data:`WARM_UP` steps and falls to zero along a line at the
-bound of the run, by iterations or by time, whichever is nearer. An iteration is one epoch: all
-sequences once, of longer ones some of the rows; of little data as many epochs as make
+the whole rate.) From another start a run of fewer than :data:`SHORT` steps has a higher rate, since
+it has as far to go in them, and with few residuals a weight inputs are scaled less
+(:func:`.steepest.scaled_power`). The rate rises over :data:`WARM_UP` steps and falls to zero along
+a line at the bound of the run, by iterations or by time, whichever is nearer. An iteration is one
+epoch: all sequences once, of longer ones some of the rows; of little data as many epochs as make
 :data:`FEWEST_STEPS`.
 Heuristic: the rate, the powers and the size of the mini-batches, measured on real layers.
 """
@@ -40,6 +42,7 @@ from attnreg.batching import Batch
 from attnreg.curvature.preconditioner import natural_metric
 from attnreg.kronecker import ParameterBlock
 from attnreg.records import Callback, Status
+from attnreg.solvers.choice import residuals_a_weight
 from attnreg.solvers.minibatches import (
     Pooled,
     features_of,
@@ -49,12 +52,16 @@ from attnreg.solvers.minibatches import (
 )
 from attnreg.solvers.run import Outcome, Run, Settings, relative_gradient_norm
 from attnreg.solvers.running_readout import RunningReadout
-from attnreg.solvers.steepest import ScaledInputs, Steepest
+from attnreg.solvers.steepest import SCALED, ScaledInputs, Steepest, scaled_power
 
 RATE = 0.015
 WARM_UP = 20
 NEAR = 0.4
 """Of the rate, for queries and keys, from a start that is near."""
+
+SHORT, FASTEST = 500, 3.0
+"""Steps below which a run from a start that is not near has a higher rate, by the root of how many
+are lacking (``sqrt(SHORT / steps)``), and times the rate at most."""
 
 FEWEST_STEPS = 8
 """Of an iteration: little data is gone through several times in one."""
@@ -122,13 +129,18 @@ class Stochastic:
         self._batches = minibatches(objective.problem.batches)
         self._times = _times(self._batches)
         self._metric = natural_metric(self._start)
-        self._inputs = ScaledInputs(objective)
+        values_move = objective.layout.values_move
+        self._far = values_move and not near
+        weights = start.theta.numel() + start.readout.numel()
+        residuals = residuals_a_weight(objective.problem, weights)
+        power = scaled_power(residuals) if self._far else SCALED
+        self._inputs = ScaledInputs(objective, power)
         self._scaled = [self._inputs.batch(batch) for batch in self._batches]
         self._theta = self._inputs.enter(self._start.theta)
         self._readout = RunningReadout(objective, self._start.readout.clone())
         blocks = objective.layout.blocks
         fitted = blocks[: len(blocks) - objective.layout.held]
-        rates = step_rates(fitted, near=near and objective.layout.values_move)
+        rates = step_rates(fitted, near=values_move and near)
         self._steepest = Steepest(self._inputs, self._start.theta, blocks, rates)
         self._steps, self._rows, self._began = 0, 0, time.perf_counter()
         passed = len(self._batches)
@@ -230,18 +242,28 @@ class Stochastic:
         gradient, loss = partial_gradient(objective, batch, features, readout)
         self._add_ridge(gradient, batch)
         if math.isfinite(loss):
-            self._steepest.move(self._theta, gradient, factor)
+            self._steepest.move(self._theta, gradient, factor * self._faster())
         self._rows += batch.weights.numel()
         self._steps += 1
         return gradient, loss
 
     def _factor(self) -> float:
         """Of the rate: warm-up, then a line to zero at the nearer bound."""
+        return (1.0 - self._done()) * warmed_up(self._steps)
+
+    def _faster(self) -> float:
+        """Times the rate: above 1 in a short run from a start that is not near."""
+        if not (self._far and self._steps):
+            return 1.0
+        faster = (SHORT * self._done() / self._steps) ** 0.5  # steps / done will be all
+        return min(max(1.0, faster), FASTEST)
+
+    def _done(self) -> float:
+        """Share of the run, by the nearer bound."""
         total = self._settings.max_iterations * steps_of_iteration(self._batches)
         done = self._steps / max(1, total)
         spent, left = time.perf_counter() - self._began, max(0.0, self._seconds_left())
-        done = min(1.0, max(done, spent / (spent + left)))
-        return (1.0 - done) * warmed_up(self._steps)
+        return min(1.0, max(done, spent / (spent + left)))
 
     def _seconds_left(self) -> float:
         """Until the end has to begin."""
