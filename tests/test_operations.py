@@ -27,6 +27,7 @@ def point_of(model, dtype=torch.float64, **options):
     problem = AttentionProblem(*(g.to(dtype) for g in given), **options)
     parameters = model.start(problem, 0)
     objective = Objective(problem, model)
+    assert objective.left  # the moments of the inputs are made once, and not counted
     return Point(objective, objective.features(model.split(problem, parameters)[0]))
 
 

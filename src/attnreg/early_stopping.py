@@ -229,7 +229,7 @@ def held_out_fit(
     # The last end is judged, half of that is for the result. Two or three points on the way back:
     # where the start is near, going too far is likely.
     ends = began + (math.inf if bounds.seconds is None else bounds.seconds) - 1.5 * scoring
-    available = ends - began - (2.5 * scoring if near else 0.0)
+    available = ends - began - (2.5 * scoring if near and judge.few else 0.0)
     epochs = bounds.iterations
     if judge.few:
         weights = judge.theta.numel() + judge.readout.numel()
