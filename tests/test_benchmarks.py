@@ -124,14 +124,18 @@ def test_the_figures_of_the_readme_come_from_the_results(tmp_path, monkeypatch):
     assert {status for *_, status in above} == {"time", "converged"}
     for figure in (*later, *(loss for *losses, _ in above for loss in losses)):
         assert re.search(rf"\b{re.escape(figure)}\b", suite), figure
-    little = re.search("little data: below all peers on ([0-9]+) of ([0-9]+)", text)
-    assert f"SOAP on {little[1]} of {little[2]}," in prose
-    for count in (8, 32, 96):
-        figures = r"by (-?[0-9.]+)% on the same texts, (-?[0-9.]+)% on the third; "
-        lines = re.findall(f"little data, layer ., {count} seq.* {figures}", text)
-        gains = [float(gain) for line in lines for gain in line]
-        assert len(gains) == 6
-        assert f"{min(gains):.1f} to {max(gains):.1f} % with" in prose
+    for start, told, counts in (
+        ("little data", "SOAP on {} of {},", (8, 32, 96)),
+        ("averaged heads", "below them on {} of {},", (32, 96)),
+    ):
+        first, cells = re.search(f"{start}: below all peers on ([0-9]+) of ([0-9]+)", text).groups()
+        assert told.format(first, cells) in prose
+        for count in counts:
+            figures = r"by (-?[0-9.]+)% on the same texts, (-?[0-9.]+)% on the third; "
+            lines = re.findall(f"{start}, layer ., {count} seq.* {figures}", text)
+            gains = [float(gain) for line in lines for gain in line]
+            assert len(gains) == 6
+            assert f"{min(gains):.1f} to {max(gains):.1f} % with" in prose
     assert re.search("0 decades.*on 10 of 10 seeds, worse than a peer on 0", text)
     issued = re.search("2000 problems, ([0-9]+) issued, 0 violations", text)
     assert issued

@@ -155,9 +155,9 @@ def test_the_start_says_whether_it_is_near(monkeypatch, near):
     seen = []
 
     class Seen(early_stopping.Stochastic):
-        def __init__(self, *arguments, near):
-            seen.append(near)
-            super().__init__(*arguments, near=near)
+        def __init__(self, *arguments, near, **options):
+            seen.append((near, options["hurried"]))
+            super().__init__(*arguments, near=near, **options)
 
     monkeypatch.setattr(early_stopping, "Stochastic", Seen)
     theta, readout = MODEL.split(few, start)
@@ -165,7 +165,7 @@ def test_the_start_says_whether_it_is_near(monkeypatch, near):
     start = MODEL.join(few, theta, solved if near else 30.0 * readout, start)
     with_errors(monkeypatch, [0.9, 0.95])
     chosen(few, start, other, iterations=1000)
-    assert seen == [near] * 2
+    assert seen == [(near, True), (near, False)]  # only the first round is in a hurry
 
 
 def test_a_readout_that_is_not_from_the_data_is_worth_pulling_towards():

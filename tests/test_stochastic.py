@@ -147,9 +147,9 @@ def test_fit_says_whether_its_start_is_near(monkeypatch, near, bounds):
     seen = []
 
     class Seen(Stochastic):
-        def __init__(self, *arguments, near):
+        def __init__(self, *arguments, near, **options):
             seen.append(near)
-            super().__init__(*arguments, near=near)
+            super().__init__(*arguments, near=near, **options)
 
     for module in (attnreg.fitting, rounds):
         monkeypatch.setattr(module, "Stochastic", Seen)
@@ -259,6 +259,12 @@ def test_a_short_run_with_far_to_go_has_a_higher_rate(monkeypatch, near, shorter
     for step in (1, steps // 3, steps - 1):
         run._steps = step
         assert run._faster() == pytest.approx(1.0 if near else times, rel=1e-12)
+    theta, _ = MODEL.split(problem, start)
+    point = minibatches.sampled(Objective(problem, MODEL), theta)
+    settings, generator = Settings(1e-12, 10, None), torch.Generator()
+    followed = Stochastic(point, settings, generator, lambda _: None, 0.0, near=near, hurried=False)
+    followed._steps = 1
+    assert followed._faster() == 1.0  # another run goes on from its end
     moved = []
     monkeypatch.setattr(run._steepest, "move", lambda theta, gradient, rate: moved.append(rate))
     run._step(run._scaled[0])

@@ -247,7 +247,9 @@ def held_out_fit(
                 epochs = bounds.iterations - done
             settings, counted = Settings(TOL, epochs, available), counted_on(observe, records)
             entered = time.perf_counter()
-            outcome = Stochastic(point, settings, generator, counted, began, near=near).run()
+            outcome = Stochastic(
+                point, settings, generator, counted, began, near=near, hurried=not done
+            ).run()
             running += time.perf_counter() - entered
             assert isinstance(outcome.point, Pooled)
             first, done = not done, records[-1].iteration

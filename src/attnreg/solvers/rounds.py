@@ -56,7 +56,9 @@ def rounds_then_curvature(
     before = None
     while True:
         bounds, counted = left(epochs), counted_on(observe, records)
-        outcome = Stochastic(point, bounds, generator, counted, began, near=near).run()
+        outcome = Stochastic(
+            point, bounds, generator, counted, began, near=near, hurried=False
+        ).run()
         assert isinstance(outcome.point, Pooled)
         before = records[0].regularised if before is None else before
         point, value = outcome.point, outcome.point.regularised

@@ -59,9 +59,9 @@ WARM_UP = 20
 NEAR = 0.4
 """Of the rate, for queries and keys, from a start that is near."""
 
-SHORT, FASTEST = 500, 3.0
-"""Steps below which a run from a start that is not near has a higher rate, by the root of how many
-are lacking (``sqrt(SHORT / steps)``), and times the rate at most."""
+SHORT, FASTEST = 200, 3.0
+"""Steps below which a run from a start that is not near has a higher rate: ``sqrt(SHORT / steps)``
+times, :data:`FASTEST` at most."""
 
 FEWEST_STEPS = 8
 """Of an iteration: little data is gone through several times in one."""
@@ -110,6 +110,8 @@ class Stochastic:
         began: ``time.perf_counter()`` from which seconds are counted.
         near: Whether the start is near: whether it explains a tenth of the targets' spread,
             with the readout that was given with it.
+        hurried: Whether a short run from a start that is not near has a higher rate; not where
+            other runs go on from its end.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class Stochastic:
         began: float,
         *,
         near: bool,
+        hurried: bool = True,
     ) -> None:
         objective = start.objective
         self._start, self._objective = start, objective
@@ -130,10 +133,11 @@ class Stochastic:
         self._times = _times(self._batches)
         self._metric = natural_metric(self._start)
         values_move = objective.layout.values_move
-        self._far = values_move and not near
+        far = values_move and not near
+        self._hurried = far and hurried
         weights = start.theta.numel() + start.readout.numel()
         residuals = residuals_a_weight(objective.problem, weights)
-        power = scaled_power(residuals) if self._far else SCALED
+        power = scaled_power(residuals) if far else SCALED
         self._inputs = ScaledInputs(objective, power)
         self._scaled = [self._inputs.batch(batch) for batch in self._batches]
         self._theta = self._inputs.enter(self._start.theta)
@@ -253,7 +257,7 @@ class Stochastic:
 
     def _faster(self) -> float:
         """Times the rate: above 1 in a short run from a start that is not near."""
-        if not (self._far and self._steps):
+        if not (self._hurried and self._steps):
             return 1.0
         faster = (SHORT * self._done() / self._steps) ** 0.5  # steps / done will be all
         return min(max(1.0, faster), FASTEST)
