@@ -269,7 +269,9 @@ def _errors(errors: Mapping[str, float | None]) -> list[str]:
 
 
 def _trials(row: Mapping[str, Any]) -> str:
-    found = {**row.get("trials", {})}
+    found, finals = row.get("trials", {}), row.get("finals", {})
+    if not found and len(finals) > 1:
+        found = finals
     return _sentence(f"{name} {show(error)}" for name, error in found.items())
 
 

@@ -367,6 +367,12 @@ def test_little_data_in_the_table_and_in_the_summary():
     assert summary._little(content, "averaged heads")[0].startswith("averaged heads: below all")
 
 
+def test_what_was_tried_is_told_where_there_was_a_choice():
+    assert table._trials({"trials": {"a": 0.5, "b": 0.25}, "finals": {"a": 0.4}}) == "a 0.5; b 0.25"
+    assert table._trials({"finals": {"fit": 0.5, "validated": 0.25}}) == "fit 0.5; validated 0.25"
+    assert table._trials({"trials": {}, "finals": {"a": 0.4}}) == table._trials({}) == ""
+
+
 def test_only_the_part_between_the_markers_is_written():
     page = f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n"
     written = table.replaced(page, "new")
