@@ -136,6 +136,14 @@ def test_the_figures_of_the_readme_come_from_the_results(tmp_path, monkeypatch):
             gains = [float(gain) for line in lines for gain in line]
             assert len(gains) == 6
             assert f"{min(gains):.1f} to {max(gains):.1f} % with" in prose
+    for count, told in (
+        (32, "Adam is below `fit_validated` there by {} and {} %"),
+        (96, "with 12 it is by {} and {} % if it has attnreg's ridge"),
+    ):
+        line = re.search(f"averaged heads, layer 5, {count} sequences: .*", text)[0]
+        figures = [float(x) for x in re.findall(r"(-?[0-9.]+)%", line)]  # alone, then with a ridge
+        chosen = figures[:2] if count == 32 else figures[2:]
+        assert told.format(*(f"{-x:.1f}" for x in chosen)) in prose
     assert re.search("0 decades.*on 10 of 10 seeds, worse than a peer on 0", text)
     issued = re.search("2000 problems, ([0-9]+) issued, 0 violations", text)
     assert issued

@@ -139,7 +139,7 @@ def test_a_round_has_the_best_ridge_towards_the_centre_of_the_first(monkeypatch)
     monkeypatch.setattr(early_stopping, "Stochastic", Seen)
     found = chosen(few, start, other, iterations=200)
     assert next(given, None) is None
-    assert (found.error, found.ridge) == (0.5, 0.0)
+    assert (found.error, found.ridge, found.center) == (0.5, 0.0, "")
     assert torch.equal(ridges[0].center, MODEL.split(few, start)[0])  # where it was chosen
     for ridge, share in zip(ridges[:2], (RIDGES[1], RIDGES[-1]), strict=True):
         assert not ridge.readout_center.any()

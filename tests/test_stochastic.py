@@ -18,13 +18,13 @@ from attnreg.solvers.stochastic import Stochastic
 from tests.planted_layers import MODEL, planted
 
 
-def loop(problem, start, iterations=1, *, near=False):
+def loop(problem, start, iterations=1, *, near=False, **options):
     objective = Objective(problem, MODEL)
     theta, _ = MODEL.split(problem, start)
     settings = Settings(1e-12, iterations, None)
     generator = torch.Generator().manual_seed(0)
     point = minibatches.sampled(objective, theta)
-    return Stochastic(point, settings, generator, lambda _: None, 0.0, near=near)
+    return Stochastic(point, settings, generator, lambda _: None, 0.0, near=near, **options)
 
 
 @pytest.mark.usefixtures("small_batches")
@@ -259,10 +259,7 @@ def test_a_short_run_with_far_to_go_has_a_higher_rate(monkeypatch, near, shorter
     for step in (1, steps // 3, steps - 1):
         run._steps = step
         assert run._faster() == pytest.approx(1.0 if near else times, rel=1e-12)
-    theta, _ = MODEL.split(problem, start)
-    point = minibatches.sampled(Objective(problem, MODEL), theta)
-    settings, generator = Settings(1e-12, 10, None), torch.Generator()
-    followed = Stochastic(point, settings, generator, lambda _: None, 0.0, near=near, hurried=False)
+    followed = loop(problem, start, iterations=10, near=near, hurried=False)
     followed._steps = 1
     assert followed._faster() == 1.0  # another run goes on from its end
     moved = []

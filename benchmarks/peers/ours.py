@@ -11,7 +11,7 @@ from benchmarks.common import Clock
 from benchmarks.peers.base import Problem, Recorder, Status, Trace, Weights
 
 if TYPE_CHECKING:
-    from attnreg import IterationRecord
+    from attnreg import FitResult, IterationRecord
 
 UNLIMITED = 10**6
 
@@ -57,13 +57,18 @@ class Ours:
             max_seconds=recorder.max_seconds * (1 if Clock.timer is time.perf_counter else 2),
             callback=callback,
         )
-        trace.weights, trace.loss = dict(result.parameters), result.loss
-        trace.derivatives = result.history[-1].passes if result.history else 0
-        trace.note = result.status.name
+        trace.note = _kept(result, trace)
         status = _status(trace, recorder)
         if status is not Status.CONVERGED:
             recorder.stop(status)
         return trace.note
+
+
+def _kept(result: FitResult, trace: Trace) -> str:
+    """Puts the end of a fit into the trace; the name of its status is the note."""
+    trace.weights, trace.loss = dict(result.parameters), result.loss
+    trace.derivatives = result.history[-1].passes if result.history else 0
+    return result.status.name
 
 
 def _status(trace: Trace, recorder: Recorder) -> Status:
@@ -102,10 +107,7 @@ class Validated:
             max_iterations=UNLIMITED,
             max_seconds=recorder.max_seconds,
         )
-        trace = recorder.trace
-        trace.weights, trace.loss = dict(result.parameters), result.loss
-        trace.derivatives = result.history[-1].passes if result.history else 0
-        return result.status.name
+        return _kept(result, recorder.trace)
 
 
 OURS = Ours()

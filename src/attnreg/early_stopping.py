@@ -35,7 +35,6 @@ from attnreg.problem import AttentionProblem
 from attnreg.progress import ProgressDisplay
 from attnreg.records import Callback, IterationRecord, Status
 from attnreg.result import FitResult
-from attnreg.solvers.choice import residuals_a_weight
 from attnreg.solvers.minibatches import Pooled, minibatches, sampled
 from attnreg.solvers.run import Settings, counted_on, relative_gradient_norm
 from attnreg.solvers.stochastic import Stochastic, steps_of_iteration
@@ -155,7 +154,7 @@ def fit_validated(
     point = found.point or Pooled(objective, minibatches(problem.batches), theta)
     point = point.under(objective)
     loss = point.loss_at(readout)
-    towards = f" towards {TOWARDS[found.center]}" if found.ridge else ""
+    towards = f" towards {TOWARDS[found.center]}" if found.center else ""
     chosen = (
         f"{found.step:g} of the way to the end of a round, readout with a ridge of {found.ridge:g} "
         f"of the features' mean square{towards}"
@@ -226,14 +225,13 @@ def held_out_fit(
     solved = lowest(at_start[1:] or at_start)
     point = judge.ridged(solved) or sampled(objective, judge.theta)
     near = point.explains(judge.readout)
-    # The last end is judged, half of that is for the result. Two or three points on the way back:
-    # where the start is near, going too far is likely.
-    ends = began + (math.inf if bounds.seconds is None else bounds.seconds) - 1.5 * scoring
-    available = ends - began - (2.5 * scoring if near and judge.few else 0.0)
+    # Set aside: to judge the last end, half of that for the result, and two or three points on the
+    # way back where the start is near and going too far is likely.
+    seconds = (math.inf if bounds.seconds is None else bounds.seconds) - 1.5 * scoring
+    available = seconds - (2.5 * scoring if near and judge.few else 0.0)
     epochs = bounds.iterations
     if judge.few:
-        weights = judge.theta.numel() + judge.readout.numel()
-        steps = FIRST_STEPS * residuals_a_weight(objective.problem, weights) ** 0.5
+        steps = FIRST_STEPS * judge.residuals**0.5
         epochs = math.ceil(steps / steps_of_iteration(judge.batches))
     path, status, done, running = {}, Status.VALIDATED, 0, 0.0
     try:
@@ -264,13 +262,13 @@ def held_out_fit(
                 break
             if not judge.few:
                 break
-            nearer = judge.way_back(end, ends)
+            nearer = judge.way_back(end, began + seconds)
             best = min(best, nearer, key=error_of)
             too_far = nearer.error < end.error
             if too_far or not (first or better) or outcome.status is not Status.MAX_ITERATIONS:
                 break
-            going_on = next((one for one in looked if one.center == solved.center), end)
-            point, epochs = judge.ridged(going_on) or outcome.point, LONGER * epochs
+            held = lowest([one for one in looked if one.center in ("", solved.center)] or [end])
+            point, epochs = judge.ridged(held) or outcome.point, LONGER * epochs
     except KeyboardInterrupt:
         status = Status.INTERRUPTED
     return Chosen(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -43,9 +43,8 @@ class Candidate:
         step: How far from the start to the end of a round: 0 the start, 1 the end.
         point: Their features, under whatever ridge, on the sequences to fit on; None where they
             were not needed.
-        ridge: On the readout, as a share of the features' mean square; 0 by least squares.
-        center: What ridges of its kind pull towards: ``"start"``, ``"zero"``, or nothing where
-            the readout was not solved.
+        ridge: On the readout, as a share of the features' mean square.
+        center: What it pulls towards: ``"start"``, ``"zero"``, or nothing.
     """
 
     weights: Weights
@@ -58,7 +57,11 @@ class Candidate:
 
 def scarce(problem: AttentionProblem, weights: Weights) -> bool:
     """Whether there are too few residuals a weight to do without early stopping and ridges."""
-    return residuals_a_weight(problem, sum(value.numel() for value in weights.values())) < ENOUGH
+    return _residuals(problem, weights) < ENOUGH
+
+
+def _residuals(problem: AttentionProblem, weights: Weights) -> float:
+    return residuals_a_weight(problem, sum(value.numel() for value in weights.values()))
 
 
 def error_of(candidate: Candidate) -> float:
@@ -86,6 +89,7 @@ class Judge:
         batches: Mini-batches of what is fitted.
         theta: Flat non-linear parameters of the start.
         readout: That of the start.
+        residuals: Residuals a weight.
         few: Whether data are few.
     """
 
@@ -105,7 +109,8 @@ class Judge:
         self.batches, self._judging = (
             minibatches(one.problem.batches) for one in (objective, other)
         )
-        self.few = scarce(objective.problem, start)
+        self.residuals = _residuals(objective.problem, start)
+        self.few = self.residuals < ENOUGH
 
     def weights_of(self, point: Pooled) -> Weights:
         """The weights of a point, its readout included."""
@@ -118,7 +123,7 @@ class Judge:
         if point is None:
             return None
         ridge = None
-        if candidate.ridge:
+        if candidate.center:
             ridge = point.readout_ridge(candidate.ridge, self._centers[candidate.center])
         return point.under(point.objective.with_ridge(ridge))
 
@@ -138,7 +143,8 @@ class Judge:
             objective: Counts the pass over these where it is not.
 
         Returns:
-            One as they are, or one for each centre: the best ridge towards it, or least squares.
+            One as they are, or one for each centre: the best ridge towards it, or least squares,
+            which has none.
         """
         model, other = self._objective.model, self._other.problem
         theta, readout = model.split(other, self._stored(weights))
@@ -163,15 +169,15 @@ class Judge:
         """For each centre the best of least squares and the ridges towards it."""
         model, problem = self._objective.model, self._objective.problem
 
-        def tried(readout: Tensor, share: float, center: str) -> Candidate:
+        def tried(readout: Tensor, share: float = 0.0, center: str = "") -> Candidate:
             solved = model.join(problem, point.theta, readout, weights)
             _, kept = model.split(self._other.problem, self._stored(solved))
             return Candidate(solved, _error(judging, kept), step, point, share, center)
 
-        free = tried(point.under(point.objective.with_ridge(None)).readout, 0.0, "")
+        free = tried(point.under(point.objective.with_ridge(None)).readout)
         found = []
         for name, center in self._centers.items():
-            best, readouts = replace(free, center=name), point.ridged_readouts(RIDGES, center)
+            best, readouts = free, point.ridged_readouts(RIDGES, center)
             for share, readout in zip(RIDGES, readouts, strict=True):
                 best = min(best, tried(readout, share, name), key=error_of)
             found.append(best)

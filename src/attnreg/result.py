@@ -29,7 +29,8 @@ class FitResult:
         regularised_loss: ``L`` plus the problem's ridges: what was minimised.
         relative_error: ``||prediction - B||_F / ||B - mean||_F``.
         gradient_norm: Dual norm of the reduced gradient in the natural metric, over
-            ``||B - mean||_F^2``: the number that ``tol`` bounds.
+            ``||B - mean||_F^2``: the number that ``tol`` bounds. By mini-batches it is estimated
+            from about 2,048 rows where there are more.
         tol: The tolerance that was asked for.
         status: Why the fit ended.
         history: One record an iteration.
