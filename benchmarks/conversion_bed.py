@@ -151,8 +151,8 @@ def peer(
     method: str, seconds: float, rates: Sequence[float], windows: int, seed: int
 ) -> Callable[..., Any]:
     """What takes the place of `fit_layer` for a method."""
+    from attnreg.reduction.starts import best_start, solve_readout, starts
     from attnreg.transformers import layer_fit
-    from attnreg.transformers.starts import best_start, solve_readout, starts
 
     def unfitted(few: Any, teacher: Any, model: Any) -> dict[str, dict[str, Tensor]]:
         made = starts(few, *teacher, model)

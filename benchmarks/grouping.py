@@ -5,8 +5,8 @@ all-MiniLM-L6-v2's layers from 12 to 4 key/value heads, data of the large tier o
 on the same sample of the rows, and is fitted by `attnreg.fit` for the same steps. The groups are
 
     neighbours    heads 0 to 2, 3 to 5, ...: what mean pooling takes
-    moments       second moments of logits and values (`attnreg.transformers.grouping`)
-    pairs         what short fits of all pairs lose (`attnreg.transformers.sharing`)
+    moments       second moments of logits and values (`attnreg.reduction.grouping`)
+    pairs         what short fits of all pairs lose (`attnreg.reduction.sharing`)
     random        drawn at random
 
     python -m benchmarks.grouping --threads 1
@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from attnreg import AttentionProblem, fit
-from attnreg.transformers.grouping import clusters, distances
-from attnreg.transformers.headwise import split_heads
+from attnreg.reduction.grouping import clusters, distances
+from attnreg.reduction.headwise import split_heads
+from attnreg.reduction.pooled_layer import grouped_start
+from attnreg.reduction.sharing import ROWS, pair_losses
+from attnreg.reduction.starts import solve_readout
 from attnreg.transformers.layer_fit import SCORED_ROWS, sample
-from attnreg.transformers.pooled_layer import grouped_start
-from attnreg.transformers.sharing import ROWS, pair_losses
-from attnreg.transformers.starts import solve_readout
 from benchmarks.common import (
     Clock,
     command_line,

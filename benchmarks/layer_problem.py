@@ -131,7 +131,7 @@ class Bed:
         return errors[best], best, ways[best]
 
     def _solved(self, weights: Weights) -> Weights:
-        from attnreg.transformers.starts import solve_readout
+        from attnreg.reduction.starts import solve_readout
 
         return solve_readout(self._problem, STUDENT, weights)[1]
 

@@ -33,7 +33,7 @@ from functools import partial
 from typing import Any
 
 from attnreg import AttentionProblem, FitResult, fit, fit_validated
-from attnreg.transformers.starts import best_start
+from attnreg.reduction.starts import best_start
 from benchmarks.common import (
     command_line,
     console,

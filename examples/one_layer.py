@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 import attnreg
+from attnreg.reduction.starts import best_start
 from attnreg.result import relative_error
 from attnreg.transformers.adapters import adapter_for
 from attnreg.transformers.calibration import read_windows
 from attnreg.transformers.capture import capture
-from attnreg.transformers.starts import best_start
 
 
 def main(folder: str, text: str, layer: int = 0) -> None:

@@ -28,11 +28,11 @@ from attnreg.fitting import fit
 from attnreg.models import Bilinear, MultiHead
 from attnreg.problem import AttentionProblem
 from attnreg.records import IterationRecord
+from attnreg.reduction.starts import best_start
 from attnreg.report.baselines import adam, lbfgs
 from attnreg.report.figures import save_figures
 from attnreg.report.trace import Trace
 from attnreg.result import predict, relative_error
-from attnreg.transformers.starts import best_start
 
 HEADS, KV_HEADS = 12, 4
 FITTED, VALIDATION = range(48), range(48, 60)

@@ -7,10 +7,10 @@ import torch
 
 import attnreg
 from attnreg.judging import ENOUGH
+from attnreg.reduction.starts import best_start
 from attnreg.result import relative_error
 from attnreg.transformers import layer_fit
-from attnreg.transformers.layer_fit import fit_layer, sample
-from attnreg.transformers.starts import best_start
+from attnreg.transformers.layer_fit import fit_layer
 
 TEACHER = attnreg.MultiHead(heads=4, kv_heads=4, head_dim=2, bias=False)
 STUDENT = attnreg.MultiHead(heads=4, kv_heads=2, head_dim=2, bias=False)
@@ -79,30 +79,6 @@ def test_an_interrupted_fit_is_not_a_finished_one():
 
     with pytest.raises(KeyboardInterrupt):
         fitted_layer(6, 6, 5, torch.float32, interrupt)
-
-
-def test_a_sample_spreads_over_the_problem():
-    problem, _ = layer(16)
-    few = sample(problem, 40)
-    assert few.n_sequences == 4
-    for i, position in enumerate(positions(few, problem)):
-        assert position // 4 == i
-    assert positions(sample(problem, 40), problem) == positions(few, problem)
-    assert sample(problem, 10**6) is problem
-
-
-def test_a_sample_has_every_one_of_texts_that_take_turns():
-    problem, _ = layer(64)
-    few = positions(sample(problem, 160), problem)  # one in 4
-    for texts in (2, 4):
-        assert {position % texts for position in few} == set(range(texts))
-
-
-def positions(few, problem):
-    """Where the sequences of one problem are in another."""
-    same = (few.batches[0].A1[:, None] == problem.batches[0].A1).all(dim=(2, 3))
-    assert bool((same.sum(1) == 1).all())
-    return same.int().argmax(1).tolist()
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from attnreg.reduction.sharing import DIRECTIONS, STEPS
 from attnreg.solvers.minibatches import BATCH_ROWS, stride
 from attnreg.transformers.final_pass import STEP_TOKENS
 from attnreg.transformers.shapes import AttentionShape
-from attnreg.transformers.sharing import DIRECTIONS, STEPS
 from attnreg.transformers.task import Task, whole_model_bytes
 
 KEYS = 0.16

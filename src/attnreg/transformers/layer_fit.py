@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,10 +17,11 @@ from attnreg.models import MultiHead
 from attnreg.objective import Objective
 from attnreg.problem import AttentionProblem
 from attnreg.records import IterationRecord, Status
+from attnreg.reduction.sampling import sample
+from attnreg.reduction.sharing import ROWS
+from attnreg.reduction.starts import best_start
 from attnreg.result import relative_error
 from attnreg.transformers.shapes import AttentionShape
-from attnreg.transformers.sharing import ROWS
-from attnreg.transformers.starts import best_start
 from attnreg.transformers.streaming import Blockwise
 
 SCORED_ROWS = 4096
@@ -151,26 +150,6 @@ def fit_layer(
         step=found.step,
         path=found.path,
     )
-
-
-def sample(problem: AttentionProblem, rows: int) -> AttentionProblem:
-    """Sequences spread over the problem: one of each of equal parts, at random.
-
-    Equal steps would miss every other text where two take turns.
-
-    Args:
-        problem: The problem.
-        rows: Of the sequences in all, about.
-
-    Returns:
-        The problem of these sequences, always the same; the given one if it has no more rows.
-    """
-    if problem.n_rows <= rows:
-        return problem
-    count = max(1, round(problem.n_sequences * rows / problem.n_rows))
-    bounds = [i * problem.n_sequences // count for i in range(count + 1)]
-    generator = random.Random(0)
-    return problem.subset(generator.randrange(*part) for part in itertools.pairwise(bounds))
 
 
 def _rounded(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -44,7 +44,7 @@ class Options:
             final pass; sampling text, making starts and running the model are not counted, fits of
             pairs are. With it a conversion is not reproducible to the bit.
         fit_pairs: Whether key/value heads are grouped by what short fits of all pairs lose, not by
-            second moments (:mod:`attnreg.transformers.sharing`).
+            second moments (:mod:`attnreg.reduction.sharing`).
         seed: Seed of the fits, of sampled text and of the final pass.
         dtype: Name of the dtype to save in; None: the original's.
         device: Where to compute.

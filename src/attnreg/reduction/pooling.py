@@ -13,7 +13,7 @@ All that a family replaces its factors by are linear combinations
 so the inputs' widths drop out: the functions here see the Gram matrix of the right columns,
 ``B[g, g2] = R_g^H G2 R_g2``, and that of the left ones summed over the heads of each ``g``,
 ``A[g] = sum_h L_h^H G1 L_h``. Factors are real, or complex where a column is a turning pair (see
-:mod:`attnreg.transformers.headwise`); there a gauge is one complex number a column.
+:mod:`attnreg.reduction.headwise`); there a gauge is one complex number a column.
 
 `truncated` is the best approximation of all forms of the family with one right factor: by Eckart
 and Young its span is the leading right singular space of the stacked forms. `aligned` keeps the

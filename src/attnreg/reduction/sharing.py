@@ -33,12 +33,12 @@ from attnreg.batching import Batch
 from attnreg.models import Features, MultiHead
 from attnreg.objective import Objective
 from attnreg.problem import AttentionProblem
+from attnreg.reduction.headwise import sizes
+from attnreg.reduction.pooled_layer import Reduction, group_weights, whole_group
 from attnreg.solvers.minibatches import features_of, minibatches, stride
 from attnreg.solvers.running_readout import window_rows
 from attnreg.solvers.steepest import ScaledInputs, Steepest
 from attnreg.solvers.stochastic import step_rates, warmed_up
-from attnreg.transformers.headwise import sizes
-from attnreg.transformers.pooled_layer import Reduction, group_weights, whole_group
 
 ROWS = 16384
 """Of the sequences that a caller should give, about. Of a quarter of them pairs learn by heart what

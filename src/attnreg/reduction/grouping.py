@@ -2,7 +2,7 @@
 
 Key/value heads are alike where one head of the same width can stand for both: the distance of two
 is the share of the logits' and of the outputs' squared size that their best common key and value
-(:func:`attnreg.transformers.pooling.truncated`) leave out. Clusters minimise the sum of distances
+(:func:`attnreg.reduction.pooling.truncated`) leave out. Clusters minimise the sum of distances
 inside them by exchanges: a local minimum.
 
 Query heads are dropped one after the other by their measured contribution: with features ``F`` of
@@ -24,8 +24,8 @@ from torch import Tensor
 from attnreg.models import Features, MultiHead
 from attnreg.problem import AttentionProblem
 from attnreg.readout import gram64
-from attnreg.transformers.headwise import Family, Split
-from attnreg.transformers.pooling import NotApplicable, residual
+from attnreg.reduction.headwise import Family, Split
+from attnreg.reduction.pooling import NotApplicable, residual
 
 _RIDGE = 1e-9
 

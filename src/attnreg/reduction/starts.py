@@ -2,12 +2,12 @@
 
 A start is a choice of three parts. *Grouping*: which key/value heads one of the student stands for
 (neighbours; ``clustered``: those that are alike; ``fitted``: those that lose least by sharing one
-after a fit, :mod:`attnreg.transformers.sharing`; ``dropped``: the most important stay alone).
+after a fit, :mod:`attnreg.reduction.sharing`; ``dropped``: the most important stay alone).
 *Pooling* of each group's keys and values: ``mean``, ``first``, ``aligned``, ``svd``
-(:mod:`attnreg.transformers.pooling`). *Truncation* to narrower heads: the best of that width
+(:mod:`attnreg.reduction.pooling`). *Truncation* to narrower heads: the best of that width
 (``svd``; with rotary embedding ``1/d^p`` names the weight of a distance, see
-:mod:`attnreg.transformers.frequencies`), or single turning pairs as they are (``pairs``). Query
-heads in excess are dropped by measured contribution (:mod:`attnreg.transformers.grouping`).
+:mod:`attnreg.reduction.frequencies`), or single turning pairs as they are (``pairs``). Query
+heads in excess are dropped by measured contribution (:mod:`attnreg.reduction.grouping`).
 
 Which start is best is measured, with ``W_O`` solved by least squares, as the metrics that make them
 are those of logits and values, not of the output. For groups before a fit that is the wrong
@@ -28,17 +28,17 @@ from torch import Tensor
 from attnreg.models import Features, MultiHead
 from attnreg.problem import AttentionProblem
 from attnreg.readout import NormalEquations
-from attnreg.transformers.grouping import (
+from attnreg.reduction.grouping import (
     Contributions,
     Group,
     clusters,
     distances,
     with_heads,
 )
-from attnreg.transformers.headwise import check_student, sizes
-from attnreg.transformers.pooled_layer import DECAYS, POOLINGS, Reduction, Weights, pooled_weights
-from attnreg.transformers.pooling import NotApplicable
-from attnreg.transformers.sharing import pair_losses
+from attnreg.reduction.headwise import check_student, sizes
+from attnreg.reduction.pooled_layer import DECAYS, POOLINGS, Reduction, Weights, pooled_weights
+from attnreg.reduction.pooling import NotApplicable
+from attnreg.reduction.sharing import pair_losses
 
 _FITTED = "fitted"
 

@@ -10,9 +10,9 @@ from attnreg.models import Features, MultiHead
 from attnreg.models.rotary import Rotary
 from attnreg.problem import AttentionProblem
 from attnreg.readout import NormalEquations
-from attnreg.transformers import grouping
-from attnreg.transformers.headwise import split_heads
-from attnreg.transformers.starts import best_start, starts
+from attnreg.reduction import grouping
+from attnreg.reduction.headwise import split_heads
+from attnreg.reduction.starts import best_start, starts
 from tests.twins import normal
 
 WIDTH, OUT = 10, 9

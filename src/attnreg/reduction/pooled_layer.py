@@ -11,10 +11,10 @@ from torch import Tensor
 
 from attnreg.models import MultiHead
 from attnreg.problem import AttentionProblem
-from attnreg.transformers import pooling
-from attnreg.transformers.frequencies import matched, transfer
-from attnreg.transformers.grouping import Group, by_kv_head
-from attnreg.transformers.headwise import (
+from attnreg.reduction import pooling
+from attnreg.reduction.frequencies import matched, transfer
+from attnreg.reduction.grouping import Group, by_kv_head
+from attnreg.reduction.headwise import (
     Family,
     Split,
     join_heads,
@@ -24,7 +24,7 @@ from attnreg.transformers.headwise import (
     split_heads,
     turning_width,
 )
-from attnreg.transformers.pooling import Combination, NotApplicable
+from attnreg.reduction.pooling import Combination, NotApplicable
 
 Weights = dict[str, Tensor]
 

@@ -8,17 +8,17 @@ import torch
 
 from attnreg.models import Features, MultiHead
 from attnreg.problem import AttentionProblem
-from attnreg.solvers import minibatches
-from attnreg.transformers import sharing, starts
-from attnreg.transformers.grouping import clusters
-from attnreg.transformers.pooled_layer import grouped_start
-from attnreg.transformers.sharing import (
+from attnreg.reduction import sharing, starts
+from attnreg.reduction.grouping import clusters
+from attnreg.reduction.pooled_layer import grouped_start
+from attnreg.reduction.sharing import (
     PairFits,
     leading_directions,
     pair_losses,
     sharing_losses,
 )
-from tests.transformers.test_student_starts import (
+from attnreg.solvers import minibatches
+from tests.reduction.test_student_starts import (
     KINDS,
     LOSSLESS,
     duplicates,

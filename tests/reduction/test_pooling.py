@@ -8,7 +8,7 @@ import torch
 
 from attnreg.models.rotary import Rotary
 from attnreg.problem import AttentionProblem
-from attnreg.transformers import frequencies, pooling
+from attnreg.reduction import frequencies, pooling
 from tests.twins import normal
 
 

@@ -1,0 +1,34 @@
+"""Some sequences of a problem."""
+
+from attnreg.problem import AttentionProblem
+from attnreg.reduction.sampling import sample
+from tests.twins import normal
+
+
+def numbered(sequences):
+    """A problem of so many sequences of 10 rows."""
+    return AttentionProblem(normal(sequences, 10, 3), normal(sequences, 10, 2, seed=1))
+
+
+def test_a_sample_spreads_over_the_problem():
+    problem = numbered(16)
+    few = sample(problem, 40)
+    assert few.n_sequences == 4
+    for i, position in enumerate(positions(few, problem)):
+        assert position // 4 == i
+    assert positions(sample(problem, 40), problem) == positions(few, problem)
+    assert sample(problem, 10**6) is problem
+
+
+def test_a_sample_has_every_one_of_texts_that_take_turns():
+    problem = numbered(64)
+    few = positions(sample(problem, 160), problem)  # one in 4
+    for texts in (2, 4):
+        assert {position % texts for position in few} == set(range(texts))
+
+
+def positions(few, problem):
+    """Where the sequences of one problem are in another."""
+    same = (few.batches[0].A1[:, None] == problem.batches[0].A1).all(dim=(2, 3))
+    assert bool((same.sum(1) == 1).all())
+    return same.int().argmax(1).tolist()
