@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attnreg.certificate import Certificate, verify
+from attnreg.lifting import lifted
 from attnreg.models import Bilinear, Model
 from attnreg.objective import Iterate, Objective
 from attnreg.problem import AttentionProblem
@@ -19,11 +20,11 @@ from attnreg.records import Callback, IterationRecord, Status
 from attnreg.result import FitResult
 from attnreg.solvers.approximate_newton import MAX_DENSE_SIZE, ApproximateNewton
 from attnreg.solvers.choice import chosen
-from attnreg.solvers.minibatches import sampled
+from attnreg.solvers.minibatches import Pooled, minibatches, sampled
 from attnreg.solvers.multistart import multistart
 from attnreg.solvers.path import WARM, stages_for
 from attnreg.solvers.rounds import rounds_then_curvature
-from attnreg.solvers.run import Outcome, Run, Settings
+from attnreg.solvers.run import Outcome, Run, Settings, counted_on
 from attnreg.solvers.stochastic import Stochastic
 from attnreg.solvers.trust_region import TrustRegion
 
@@ -70,7 +71,10 @@ def fit(
             no path and no other starts. ``"auto"`` takes mini-batches for a layer with at least
             10 residuals a parameter: for all of ``max_seconds``, or, without it, in rounds twice
             as long each time until one gains less than a twentieth, after which ``"trust-region"``
-            goes on from there; and ``"trust-region"`` for all else.
+            goes on from there; and ``"trust-region"`` for all else. With 40 residuals a parameter
+            and time enough a start that explains nothing is led through a layer with as many
+            key/value heads as query heads, so that those come to share one that may: the heads of
+            the result are in another order than those of ``init``.
             A note of the result says which and why, and the history's phases show it.
         init: Named parameters to start from, or a result to continue. A start whose readout
             (``Y``, or ``W_O`` and ``b_O``) is zero is led in by the regularisation path; for
@@ -155,12 +159,10 @@ def fit(
         elif solver == "stochastic":
             begin = sampled(objective, theta)
             near = begin.explains(readout)
-            if automatic and max_seconds is None:
-                outcome, switched = rounds_then_curvature(
-                    begin, settings, generator, observe, began, near=near
-                )
-                if switched is not None:
-                    reasons, solver = (*reasons, switched), "trust-region"
+            if automatic:
+                how = settings, generator, observe, began
+                outcome, solver, more = _mini_batches(begin, template, near, *how)
+                reasons = (*reasons, *more)
             else:
                 outcome = Stochastic(begin, settings, generator, observe, began, near=near).run()
         else:
@@ -197,6 +199,43 @@ def fit(
         solver=solver,
         minima=None if found is None else found.minima,
     )
+
+
+def _mini_batches(
+    begin: Pooled,
+    template: Mapping[str, Tensor],
+    near: bool,
+    settings: Settings,
+    generator: torch.Generator,
+    observe: Callback,
+    began: float,
+) -> tuple[Outcome, str, tuple[str, ...]]:
+    """Mini-batches as ``"auto"`` runs them.
+
+    Returns:
+        Where they ended, the solver that ended there, and what was done and why.
+    """
+    reasons: tuple[str, ...] = ()
+    records: list[IterationRecord] = []
+    lift = None
+    if not near:
+        lift = lifted(begin, template, settings, generator, observe, began, records)
+    if lift is not None:
+        begin, near, reasons = lift.point, lift.near, (lift.note,)
+        if lift.status is not None:
+            batches = minibatches(begin.objective.problem.batches)
+            whole = Pooled(begin.objective, batches, begin.theta)
+            return Outcome(whole, lift.status), "stochastic", reasons
+        observe = counted_on(observe, records)
+        left = settings.max_iterations - records[-1].iteration
+        settings = replace(settings, max_iterations=left)
+    if settings.max_seconds is not None:
+        loop = Stochastic(begin, settings, generator, observe, began, near=near)
+        return loop.run(), "stochastic", reasons
+    outcome, switched = rounds_then_curvature(begin, settings, generator, observe, began, near=near)
+    if switched is None:
+        return outcome, "stochastic", reasons
+    return outcome, "trust-region", (*reasons, switched)
 
 
 class Certifier:

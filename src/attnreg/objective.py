@@ -87,6 +87,12 @@ class Objective:
         other.ridge, other._passes, other._points = ridge, self.passes, []
         return other
 
+    def with_model(self, model: Model) -> Objective:
+        """The same of another model; operations are counted together, passes go on from here."""
+        other = Objective(self.problem, model)
+        other.operations, other._passes = self.operations, self.passes
+        return other
+
     def features(self, theta: Tensor) -> Features:
         """Features at ``theta``, one attention pass."""
         features = Features(self.problem, self.model, theta, operations=self.operations)

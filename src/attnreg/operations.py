@@ -19,8 +19,8 @@ kind              shape                 where
 
 The first and the second are the paper's ``T_mat(n, n, d)`` and ``T_mat(n, d, d)``, ``dense`` its
 ``d^(2 omega)`` with ``omega = 3``. Sums of entries, exponentials and factorisations of ``d x d``
-matrices (a fixed number an iteration) are left out; so are the race of starts of a cold fit
-and the search among many starts.
+matrices (a fixed number an iteration) are left out; so are the race of starts of a cold fit, the
+search among many starts, and the fits of pairs of heads on the way to fewer.
 """
 
 from __future__ import annotations

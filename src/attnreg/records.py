@@ -74,7 +74,8 @@ class IterationRecord:
             ``"screening"`` (on to the start that won a race), ``"path"`` (on to the
             path's beginning; the loss may rise), ``"best"`` (back to the best point left), or
             the curvature of the step: ``"gauss-newton"`` or ``"newton"``; ``"stochastic"`` is an
-            epoch of mini-batches, its loss and gradient those that its steps saw.
+            epoch of mini-batches, its loss and gradient those that its steps saw, and ``"lifted"``
+            one of a layer with a key/value head for every query head, after which the loss rises.
         accepted: Whether the step was taken.
         operations: Floating-point operations since the fit began, by kind (see
             :mod:`attnreg.operations`); empty in files of older versions.

@@ -1,4 +1,4 @@
-"""Starts with fewer key/value heads."""
+"""Starts with fewer key/value heads, and with more."""
 
 from __future__ import annotations
 
@@ -38,3 +38,22 @@ def pool_kv_heads(weights: Parameters, heads: int, kv_heads: int) -> dict[str, T
         groups = value.unflatten(-1, (kv_heads, heads // kv_heads, -1))
         pooled[name] = groups.mean(dim=-2).flatten(-2)
     return pooled
+
+
+def repeat_kv_heads(weights: Parameters, kv_heads: int, times: int) -> dict[str, Tensor]:
+    """Gives every key/value head so many copies, one after the other: the same layer.
+
+    Args:
+        weights: As in :func:`pool_kv_heads`.
+        kv_heads: Number of key/value heads in ``weights``.
+        times: Copies of each, of which every one serves its share of the query heads.
+
+    Returns:
+        A new mapping; weights that are no key's or value's are kept.
+    """
+    repeated = {name: torch.as_tensor(value) for name, value in weights.items()}
+    for name in ("W_K", "b_K", "W_V", "b_V"):
+        if name in repeated:
+            heads = repeated[name].unflatten(-1, (kv_heads, -1))
+            repeated[name] = heads.repeat_interleave(times, dim=-2).flatten(-2)
+    return repeated

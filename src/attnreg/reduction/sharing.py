@@ -105,6 +105,21 @@ def pair_losses(
     return result
 
 
+def fitted_at_once(problem: AttentionProblem, teacher: MultiHead) -> bool:
+    """Whether all pairs are one layer: fits of more pairs take several times as long.
+
+    Args:
+        problem: The layer's inputs.
+        teacher: Description of the original layer.
+
+    Returns:
+        Whether their features are no more than :data:`COLUMNS`.
+    """
+    heads, kv_heads, _, value_width = sizes(problem, teacher)
+    pairs = kv_heads * (kv_heads - 1) // 2
+    return pairs * 2 * (heads // kv_heads) * value_width <= COLUMNS
+
+
 def leading_directions(
     problem: AttentionProblem, model: MultiHead, weights: Mapping[str, Tensor], count: int
 ) -> tuple[AttentionProblem, dict[str, Tensor]]:

@@ -112,6 +112,7 @@ class Stochastic:
             with the readout that was given with it.
         hurried: Whether a short run from a start that is not near has a higher rate; not where
             other runs go on from its end.
+        phase: Of the records of its epochs.
     """
 
     def __init__(
@@ -124,10 +125,11 @@ class Stochastic:
         *,
         near: bool,
         hurried: bool = True,
+        phase: str = "stochastic",
     ) -> None:
         objective = start.objective
         self._start, self._objective = start, objective
-        self._settings, self._generator = settings, generator
+        self._settings, self._generator, self._phase = settings, generator, phase
         self._run = Run(objective, settings, observe, began)
         self._batches = minibatches(objective.problem.batches)
         self._times = _times(self._batches)
@@ -158,6 +160,23 @@ class Stochastic:
         Returns:
             The end with its readout solved over all rows, or the start where that is lower.
         """
+        status = self._until_bound()
+        end = self._whole(self._start) if status is Status.DIVERGED else self._end()
+        return Outcome(end, status)
+
+    def lead(self) -> tuple[Status, Tensor, Tensor]:
+        """Runs until a bound is met; no time is set aside for an end, and none is made.
+
+        Returns:
+            The status, ``theta`` where the steps led, whatever its loss, and the readout of the
+            last mini-batches.
+        """
+        self._reserve = 0.0
+        status = self._until_bound()
+        return status, self._inputs.leave(self._theta), self._readout.value
+
+    def _until_bound(self) -> Status:
+        """Epochs until a bound is met."""
         norm = relative_gradient_norm(self._start)
         status = self._report(self._start, norm, "start")
         try:
@@ -165,8 +184,7 @@ class Stochastic:
                 status = self._epoch()
         except KeyboardInterrupt:
             status = Status.INTERRUPTED
-        end = self._whole(self._start) if status is Status.DIVERGED else self._end()
-        return Outcome(end, status)
+        return status
 
     @property
     def _sampled(self) -> bool:
@@ -220,7 +238,7 @@ class Stochastic:
         norm /= self._objective.target_norm_squared
         theta, readout = self._inputs.leave(self._theta), self._readout.value
         ridges = self._objective.ridge_value(theta, readout)
-        return self._report(_Estimate(loss, loss + ridges), norm, "stochastic")
+        return self._report(_Estimate(loss, loss + ridges), norm, self._phase)
 
     def _order(self) -> Iterator[int]:
         """The mini-batches of an iteration."""

@@ -1,0 +1,204 @@
+r"""A start by way of more key/value heads, where the one given says nothing of which may share one.
+
+The query heads of a key/value head stay together through a whole fit, and where it ends depends
+more on which those are than on all else (docs/theory.md, "Which heads share one"). Averaged or
+random heads say nothing of it. So the layer in which every query head has a key/value head of its
+own is fitted first, from the same start, in which each is a copy of that of its group::
+
+    L(W_Q, W_K repeated, W_V repeated, W_O)      mini-batches, for a share of the time
+    groups of the heads that are found           :mod:`attnreg.reduction.sharing`, or by distances
+    the best common key and value of a group     :mod:`attnreg.reduction.pooled_layer`
+
+and the last is the start of the fit that was asked for. It is taken where its loss is below that of
+the one given, both on the same sample of the rows with their best readout.
+
+Heuristic: the shares and the numbers of steps, measured on real layers (docs/theory.md).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from attnreg.models import Model, MultiHead
+from attnreg.models.pooling import repeat_kv_heads
+from attnreg.objective import Objective
+from attnreg.problem import AttentionProblem
+from attnreg.records import Callback, IterationRecord, Status
+from attnreg.reduction.grouping import clusters, distances
+from attnreg.reduction.pooled_layer import Reduction, Weights, grouped_start
+from attnreg.reduction.sampling import sample
+from attnreg.reduction.sharing import ROWS, fitted_at_once, pair_losses
+from attnreg.solvers.choice import ENOUGH, residuals_a_weight
+from attnreg.solvers.minibatches import (
+    Pooled,
+    features_of,
+    minibatches,
+    partial_gradient,
+    sampled,
+    stride,
+)
+from attnreg.solvers.run import Settings, counted_on
+from attnreg.solvers.stochastic import Stochastic, steps_of_iteration
+
+SHARE = 0.3
+"""Of the time, or of the iterations, for the layer with more heads."""
+
+PAIRS_SHARE = 0.15
+"""Of the time for the fits of pairs, at most."""
+
+FEWEST_STEPS, MOST_STEPS = 400, 1200
+"""Steps of the layer with more heads: with fewer the heads that it finds are no better than
+neighbours, and after more they change little."""
+
+POOLED_ROWS = 4096
+"""Of the sequences of which heads are pooled, about."""
+
+CUT_SHORT = (Status.INTERRUPTED, Status.STOPPED)
+
+
+@dataclass(frozen=True)
+class Lift:
+    """Where a fit goes on.
+
+    Attributes:
+        point: The start of the fit, on a sample of the rows; the one given where that is lower.
+        near: Whether it explains a tenth of the targets' spread with the readout it came with.
+        note: What was done.
+        status: That of a fit which is to end here: it was interrupted, or asked to stop.
+    """
+
+    point: Pooled
+    near: bool
+    note: str
+    status: Status | None
+
+
+def lifted(
+    begin: Pooled,
+    template: Mapping[str, Tensor],
+    settings: Settings,
+    generator: torch.Generator,
+    observe: Callback,
+    began: float,
+    records: list[IterationRecord],
+) -> Lift | None:
+    """A better start by way of more key/value heads.
+
+    Args:
+        begin: The start given, on a sample of the rows, which says nothing of the heads.
+        template: Its weights.
+        settings: What bounds the fit as a whole.
+        generator: Orders the mini-batches.
+        observe: Called with each record.
+        began: ``time.perf_counter()`` from which seconds are counted.
+        records: Those of this part are added.
+
+    Returns:
+        Where the fit goes on, or None where this is not for it: other models, heads with norms,
+        ridges, as many key/value heads as heads, little data or little time.
+    """
+    objective = begin.objective
+    problem, model = objective.problem, objective.model
+    if not isinstance(model, MultiHead) or objective.ridge is not None:
+        return None
+    groups, repeats = objective.layout.groups, objective.layout.repeats
+    if repeats == 1 or model.norm_eps is not None:
+        return None
+    wide = replace(model, kv_heads=model.heads)
+    copied = repeat_kv_heads(template, groups, repeats)
+    theta, readout = wide.split(problem, copied)
+    if residuals_a_weight(problem, theta.numel() + readout.numel()) < ENOUGH:
+        return None
+    more = objective.with_model(wide)
+    bounds = _bounds(more, theta, readout, settings, began)
+    if bounds is None:
+        return None
+    point = sampled(more, theta)
+    loop = Stochastic(
+        point,
+        bounds,
+        generator,
+        counted_on(observe, records),
+        began,
+        near=False,
+        hurried=False,
+        phase="lifted",
+    )
+    status, theta, readout = loop.lead()
+    objective.count_passes(more.passes - objective.passes)
+    found = wide.join(problem, theta, readout, copied)
+    heads = f"{model.heads} key/value heads, fitted for {records[-1].iteration} epochs first"
+    if status in (Status.CONVERGED, Status.DIVERGED):
+        return Lift(begin, False, f"{heads}, were no help: {status.text}", None)
+    ends = status if status in CUT_SHORT else None
+    try:
+        weights, how = _grouped(problem, wide, found, model, None if ends else settings)
+    except KeyboardInterrupt:
+        return Lift(begin, False, f"{heads}, were not grouped", Status.INTERRUPTED)
+    theta, readout = model.split(problem, weights)
+    start = sampled(objective, theta)
+    if not start.value < begin.value:
+        return Lift(begin, False, f"{heads}, led to no better start", ends)
+    note = f"the start was made of {heads}, then grouped by {how}"
+    return Lift(start, start.explains(readout), note, ends)
+
+
+def _bounds(
+    more: Objective, theta: Tensor, readout: Tensor, settings: Settings, began: float
+) -> Settings | None:
+    """What bounds the fit with more heads; None where that leaves too few steps."""
+    steps = steps_of_iteration(minibatches(more.problem.batches))
+    epochs = min(math.floor(SHARE * settings.max_iterations), math.ceil(MOST_STEPS / steps))
+    if epochs * steps < FEWEST_STEPS:
+        return None
+    seconds = None
+    if settings.max_seconds is not None:
+        spent = time.perf_counter() - began
+        seconds = spent + SHARE * (settings.max_seconds - spent)
+        if seconds - spent < FEWEST_STEPS * _seconds_of_gradient(more, theta, readout):
+            return None
+    return replace(settings, max_iterations=epochs, max_seconds=seconds)
+
+
+def _seconds_of_gradient(objective: Objective, theta: Tensor, readout: Tensor) -> float:
+    """Of a mini-batch, the least of three: the first may be slow."""
+    batch = minibatches(objective.problem.batches)[0]
+    batch = batch.every(stride(batch.B.shape[1]), 0)
+    least = math.inf
+    for _ in range(3):
+        began = time.perf_counter()
+        features = features_of(objective, batch, theta)
+        partial_gradient(objective, batch, features, readout)
+        least = min(least, time.perf_counter() - began)
+    return least
+
+
+def _grouped(
+    problem: AttentionProblem,
+    wide: MultiHead,
+    weights: Weights,
+    model: Model,
+    settings: Settings | None,
+) -> tuple[Weights, str]:
+    """The start of the groups and how they were found; without settings in no time."""
+    assert isinstance(model, MultiHead)
+    assert model.kv_heads is not None
+    few = sample(problem, POOLED_ROWS)
+    if model.kv_heads == 1:
+        members, how = [tuple(range(wide.heads))], "nothing, as they share one"
+    else:
+        if settings is not None and fitted_at_once(problem, wide):
+            limit = settings.max_seconds
+            bound = None if limit is None else PAIRS_SHARE * limit
+            rows = sample(problem, ROWS)
+            apart, how = pair_losses(rows, wide, weights, model, max_seconds=bound), "fits of pairs"
+        else:
+            apart, how = distances(Reduction(few, wide, weights, model).split), "their distances"
+        members = clusters(apart, model.kv_heads)
+    return grouped_start(few, wide, weights, model, members), how

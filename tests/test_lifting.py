@@ -1,0 +1,211 @@
+"""A start by way of more key/value heads."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+import attnreg
+from attnreg import lifting
+from attnreg.models.pooling import pool_kv_heads, repeat_kv_heads
+from attnreg.records import Status
+from tests.twins import normal
+
+HEADS, KV_HEADS, WIDTH, SEQUENCES, ROWS = 6, 3, 3, 400, 8
+STUDENT = attnreg.MultiHead(HEADS, KV_HEADS, WIDTH)
+WIDE = attnreg.MultiHead(HEADS, HEADS, WIDTH)
+SHARED = [(0, 3), (1, 4), (2, 5)]
+"""Query heads of the layer that share a key/value head: no neighbours, which averaging joins."""
+
+ITERATIONS, FEWEST = 50, 150
+"""A lift has three tenths of the iterations, 15 epochs of 12 steps, and needs so many here."""
+
+
+@pytest.fixture(autouse=True)
+def fewer_steps(monkeypatch):
+    monkeypatch.setattr(lifting, "FEWEST_STEPS", FEWEST)
+
+
+def layer():
+    """A layer that the student can be, but in another order of heads, and its averaged heads."""
+    inputs = normal(SEQUENCES, ROWS, 8)
+    blank = attnreg.AttentionProblem(inputs, inputs)
+    weights = {
+        name: 1.2 * normal(*value.shape, seed=i)
+        for i, (name, value) in enumerate(WIDE.start(blank, 0).items())
+    }
+    for name in ("W_K", "b_K", "W_V", "b_V"):
+        heads = weights[name].unflatten(-1, (HEADS, WIDTH))
+        for a, b in SHARED:
+            heads[..., b, :] = heads[..., a, :]
+    outputs = attnreg.predict(WIDE, weights, blank)
+    outputs += 0.01 * outputs.std() * normal(*outputs.shape, seed=9)
+    start = pool_kv_heads(weights, HEADS, KV_HEADS)
+    start["W_O"], start["b_O"] = 0.0 * weights["W_O"], 0.0 * weights["b_O"]
+    return attnreg.AttentionProblem(inputs, outputs), start
+
+
+def fitted(problem, start, model=STUDENT, solver="auto", iterations=ITERATIONS, **options):
+    return attnreg.fit(
+        problem, model, init=start, solver=solver, max_iterations=iterations, **options
+    )
+
+
+def phases(result):
+    return [phase for phase, _ in itertools.groupby(result.history, lambda record: record.phase)]
+
+
+def lifts(result):
+    return "lifted" in phases(result)
+
+
+def test_copies_of_key_value_heads_are_the_same_layer():
+    problem, _ = layer()
+    weights = STUDENT.start(problem, 1)
+    weights = {
+        name: normal(*value.shape, seed=i) for i, (name, value) in enumerate(weights.items())
+    }
+    copied = repeat_kv_heads(weights, KV_HEADS, HEADS // KV_HEADS)
+    expected = attnreg.predict(STUDENT, weights, problem)
+    # The same products of the same numbers, but in matrices of other widths: to rounding.
+    torch.testing.assert_close(
+        attnreg.predict(WIDE, copied, problem), expected, rtol=1e-12, atol=1e-12
+    )
+    for name, value in pool_kv_heads(copied, HEADS, KV_HEADS).items():
+        torch.testing.assert_close(value, weights[name], rtol=1e-15, atol=0.0)
+
+
+def test_heads_that_share_one_are_found():
+    problem, start = layer()
+    lifted = fitted(problem, start, max_seconds=60.0)
+    plain = fitted(problem, start, solver="stochastic")
+    assert lifts(lifted)
+    assert not lifts(plain)
+    assert any("grouped by fits of pairs" in note for note in lifted.notes)
+    assert lifted.solver == "stochastic"
+    # The noise is 0.01 of the outputs; neighbours cannot share without losing far more.
+    assert lifted.relative_error < 0.05 < 0.2 < plain.relative_error
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_any_number_of_key_value_heads(kv_heads):
+    problem, start = layer()
+    model = dataclasses.replace(STUDENT, kv_heads=kv_heads)
+    weights = model.start(problem, 0)
+    result = fitted(problem, weights | {"W_Q": start["W_Q"]}, model)
+    assert lifts(result)
+    assert result.relative_error < 0.9
+
+
+def test_pairs_too_many_to_be_fitted_at_once_are_grouped_by_distance(monkeypatch):
+    monkeypatch.setattr(lifting, "fitted_at_once", lambda problem, teacher: False)
+    problem, start = layer()
+    result = fitted(problem, start)
+    assert any("grouped by their distances" in note for note in result.notes)
+    assert result.relative_error < 0.05
+
+
+def test_records_are_counted_on():
+    problem, start = layer()
+    seen = []
+    result = fitted(problem, start, max_seconds=60.0, callback=seen.append)
+    assert tuple(seen) == result.history
+    assert phases(result) == ["start", "lifted", "start", "stochastic"]
+    iterations = [record.iteration for record in seen]
+    assert iterations[-1] == ITERATIONS
+    for before, after in itertools.pairwise(seen):
+        step = after.iteration - before.iteration
+        assert step == (0 if after.phase == "start" else 1)
+        assert after.passes > before.passes
+        assert after.seconds >= before.seconds
+        assert all(after.operations[k] >= n for k, n in before.operations.items())
+    lifted = sum(record.phase == "lifted" for record in seen)
+    assert lifted == int(lifting.SHARE * ITERATIONS)
+
+
+def test_the_same_seed_gives_the_same_fit():
+    problem, start = layer()
+    first, second = (fitted(problem, start, seed=3) for _ in range(2))
+    for name, value in first.parameters.items():
+        assert torch.equal(value, second.parameters[name])
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_fit_that_is_stopped_on_the_way_ends_below_its_start(raises):
+    problem, start = layer()
+
+    def stop(record):
+        if record.phase == "lifted" and record.iteration == 10:
+            if raises:
+                raise KeyboardInterrupt
+            return True
+        return False
+
+    result = fitted(problem, start, callback=stop)
+    assert result.status is (Status.INTERRUPTED if raises else Status.STOPPED)
+    assert result.history[-1].iteration == 10
+    assert result.regularised_loss <= result.history[0].regularised
+    own = attnreg.predict(STUDENT, result.parameters, problem) - problem.batches[0].B
+    assert result.loss == pytest.approx(float(own.square().sum()), rel=1e-9)
+
+
+def test_an_interrupt_between_the_two_layers_ends_in_the_start(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lifting, "_grouped", interrupted)
+    problem, start = layer()
+    result = fitted(problem, start)
+    assert result.status is Status.INTERRUPTED
+    assert any("were not grouped" in note for note in result.notes)
+    for name in ("W_Q", "W_K", "W_V"):
+        assert torch.equal(result.parameters[name], start[name])
+
+
+def test_a_start_that_is_no_better_is_not_taken(monkeypatch):
+    def useless(problem, *_):
+        weights = STUDENT.start(problem, 0)
+        return {name: 0.0 * value for name, value in weights.items()}, "chance"
+
+    monkeypatch.setattr(lifting, "_grouped", useless)
+    problem, start = layer()
+    result = fitted(problem, start)
+    assert any("led to no better start" in note for note in result.notes)
+    assert result.regularised_loss < result.history[0].regularised
+
+
+def test_steps_that_leave_the_range_of_numbers_are_no_help(monkeypatch):
+    def lead(self):
+        _, theta, readout = walk(self)
+        return Status.DIVERGED, torch.full_like(theta, torch.nan), readout
+
+    walk = lifting.Stochastic.lead
+    monkeypatch.setattr(lifting.Stochastic, "lead", lead)
+    problem, start = layer()
+    result = fitted(problem, start)
+    assert any("were no help" in note for note in result.notes)
+    assert result.status is not Status.DIVERGED
+    assert result.regularised_loss < result.history[0].regularised
+
+
+def test_what_is_lifted():
+    def begins(problem, start, *rest, **options):
+        result = fitted(problem, start, *rest, callback=lambda one: one.iteration == 1, **options)
+        return result.history[-1].phase
+
+    problem, start = layer()
+    assert begins(problem, start) == "lifted"
+    assert begins(problem, start, max_seconds=60.0) == "lifted"
+    assert begins(problem, start, max_seconds=1e-3) == "start"
+    assert begins(problem, start, solver="stochastic") == "stochastic"
+    assert begins(problem, start, iterations=40) == "stochastic"  # under 150 steps
+    assert begins(problem, WIDE.start(problem, 0), WIDE) == "stochastic"
+    normed = dataclasses.replace(STUDENT, norm_eps=1e-6)
+    assert begins(problem, normed.start(problem, 0), normed) == "stochastic"
+    few = problem.subset(range(300))  # 32 residuals a weight of the layer with more heads
+    assert begins(few, start) == "stochastic"
+    ridged = problem.replace(ridge_x=1e-6, ridge_y=1e-6, center=start)
+    assert begins(ridged, start) == "stochastic"
+    near = fitted(problem, start).parameters
+    assert begins(problem, near) == "stochastic"
