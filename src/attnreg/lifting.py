@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from attnreg.models import Model, MultiHead
+from attnreg.models import MultiHead
 from attnreg.models.pooling import repeat_kv_heads
 from attnreg.objective import Objective
 from attnreg.problem import AttentionProblem
@@ -133,19 +133,19 @@ def lifted(
     status, theta, readout = loop.lead()
     objective.count_passes(more.passes - objective.passes)
     found = wide.join(problem, theta, readout, copied)
-    heads = f"{model.heads} key/value heads, fitted for {records[-1].iteration} epochs first"
+    heads = f"a layer with {model.heads} key/value heads, fitted first,"
     if status in (Status.CONVERGED, Status.DIVERGED):
-        return Lift(begin, False, f"{heads}, were no help: {status.text}", None)
+        return Lift(begin, False, f"{heads} was no help: {status.text}", None)
     ends = status if status in CUT_SHORT else None
     try:
         weights, how = _grouped(problem, wide, found, model, None if ends else settings)
     except KeyboardInterrupt:
-        return Lift(begin, False, f"{heads}, were not grouped", Status.INTERRUPTED)
+        return Lift(begin, False, f"the heads of {heads} were not grouped", Status.INTERRUPTED)
     theta, readout = model.split(problem, weights)
     start = sampled(objective, theta)
     if not start.value < begin.value:
-        return Lift(begin, False, f"{heads}, led to no better start", ends)
-    note = f"the start was made of {heads}, then grouped by {how}"
+        return Lift(begin, False, f"{heads} led to no better start", ends)
+    note = f"the start was made of {heads} its heads {how}"
     return Lift(start, start.explains(readout), note, ends)
 
 
@@ -183,22 +183,19 @@ def _grouped(
     problem: AttentionProblem,
     wide: MultiHead,
     weights: Weights,
-    model: Model,
+    model: MultiHead,
     settings: Settings | None,
 ) -> tuple[Weights, str]:
     """The start of the groups and how they were found; without settings in no time."""
-    assert isinstance(model, MultiHead)
-    assert model.kv_heads is not None
-    few = sample(problem, POOLED_ROWS)
-    if model.kv_heads == 1:
-        members, how = [tuple(range(wide.heads))], "nothing, as they share one"
+    few, count = sample(problem, POOLED_ROWS), model.kv_heads or wide.heads
+    if count == 1:
+        members, how = [tuple(range(wide.heads))], "joined into one"
+    elif settings is not None and fitted_at_once(problem, wide):
+        limit = settings.max_seconds
+        bound = None if limit is None else PAIRS_SHARE * limit
+        lost = pair_losses(sample(problem, ROWS), wide, weights, model, max_seconds=bound)
+        members, how = clusters(lost, count), "grouped by fits of pairs"
     else:
-        if settings is not None and fitted_at_once(problem, wide):
-            limit = settings.max_seconds
-            bound = None if limit is None else PAIRS_SHARE * limit
-            rows = sample(problem, ROWS)
-            apart, how = pair_losses(rows, wide, weights, model, max_seconds=bound), "fits of pairs"
-        else:
-            apart, how = distances(Reduction(few, wide, weights, model).split), "their distances"
-        members = clusters(apart, model.kv_heads)
+        apart = distances(Reduction(few, wide, weights, model).split)
+        members, how = clusters(apart, count), "grouped by their distances"
     return grouped_start(few, wide, weights, model, members), how
