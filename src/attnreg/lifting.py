@@ -52,9 +52,12 @@ SHARE = 0.3
 PAIRS_SHARE = 0.15
 """Of the time for the fits of pairs, at most."""
 
-FEWEST_STEPS, MOST_STEPS = 400, 1200
+FEWEST_STEPS, MOST_STEPS = 500, 1200
 """Steps of the layer with more heads: with fewer the heads that it finds are no better than
 neighbours, and after more they change little."""
+
+GRADIENTS = 1.5
+"""Of a mini-batch, that a step takes as long as."""
 
 POOLED_ROWS = 4096
 """Of the sequences of which heads are pooled, about."""
@@ -161,7 +164,8 @@ def _bounds(
     if settings.max_seconds is not None:
         spent = time.perf_counter() - began
         seconds = spent + SHARE * (settings.max_seconds - spent)
-        if seconds - spent < FEWEST_STEPS * _seconds_of_gradient(more, theta, readout):
+        step = GRADIENTS * _seconds_of_gradient(more, theta, readout)
+        if seconds - spent < FEWEST_STEPS * step:
             return None
     return replace(settings, max_iterations=epochs, max_seconds=seconds)
 
