@@ -29,9 +29,10 @@ from attnreg import AttentionProblem, fit
 from attnreg.reduction.grouping import clusters, distances
 from attnreg.reduction.headwise import split_heads
 from attnreg.reduction.pooled_layer import grouped_start
+from attnreg.reduction.sampling import sample
 from attnreg.reduction.sharing import ROWS, pair_losses
 from attnreg.reduction.starts import solve_readout
-from attnreg.transformers.layer_fit import SCORED_ROWS, sample
+from attnreg.transformers.layer_fit import SCORED_ROWS
 from benchmarks.common import (
     Clock,
     command_line,

@@ -236,8 +236,10 @@ def _large(content: dict[str, Any]) -> list[str]:
             sooner = "never" if verdict["sooner"] is None else f"{verdict['sooner']:.1f} times"
             lower = verdict["lower_at_the_end"]
             lines.append(f"{tier}, {name}, {target}: sooner {sooner}, lower {lower:.1%}")
+        end = layer["rows"][OURS]["errors"]["validation"]
+        adam = layer["rows"]["Adam"]["errors"]["validation"]
+        lines.append(f"{tier}, {name}: {1 - end / adam:.1%} below Adam")
         if "longer" in layer:
-            end = layer["rows"][OURS]["errors"]["validation"]
             gained = 1 - layer["longer"]["errors"]["validation"] / end
             lines.append(f"{tier}, {name}: {gained:.1%} lower in more time")
     return lines

@@ -20,7 +20,7 @@ from attnreg.records import Callback, IterationRecord, Status
 from attnreg.result import FitResult
 from attnreg.solvers.approximate_newton import MAX_DENSE_SIZE, ApproximateNewton
 from attnreg.solvers.choice import chosen
-from attnreg.solvers.minibatches import Pooled, minibatches, sampled
+from attnreg.solvers.minibatches import Pooled, over_all_rows, sampled
 from attnreg.solvers.multistart import multistart
 from attnreg.solvers.path import WARM, stages_for
 from attnreg.solvers.rounds import rounds_then_curvature
@@ -71,10 +71,11 @@ def fit(
             no path and no other starts. ``"auto"`` takes mini-batches for a layer with at least
             10 residuals a parameter: for all of ``max_seconds``, or, without it, in rounds twice
             as long each time until one gains less than a twentieth, after which ``"trust-region"``
-            goes on from there; and ``"trust-region"`` for all else. With 40 residuals a parameter
-            and time enough a start that explains nothing is led through a layer with as many
-            key/value heads as query heads, so that those come to share one that may: the heads of
-            the result are in another order than those of ``init``.
+            goes on from there; and ``"trust-region"`` for all else. A start that explains
+            less than a tenth of ``B``'s spread is led through the layer with as many key/value
+            heads as query heads, which shows those that may share one, where that has 40 residuals
+            a parameter and room for 350 steps (no ridges, no norms, two key/value heads at
+            least): the heads of the result are in another order than those of ``init``.
             A note of the result says which and why, and the history's phases show it.
         init: Named parameters to start from, or a result to continue. A start whose readout
             (``Y``, or ``W_O`` and ``b_O``) is zero is led in by the regularisation path; for
@@ -160,8 +161,9 @@ def fit(
             begin = sampled(objective, theta)
             near = begin.explains(readout)
             if automatic:
-                how = settings, generator, observe, began
-                outcome, solver, more = _mini_batches(begin, template, near, *how)
+                outcome, solver, more = _mini_batches(
+                    begin, template, settings, generator, observe, began, near=near
+                )
                 reasons = (*reasons, *more)
             else:
                 outcome = Stochastic(begin, settings, generator, observe, began, near=near).run()
@@ -204,16 +206,20 @@ def fit(
 def _mini_batches(
     begin: Pooled,
     template: Mapping[str, Tensor],
-    near: bool,
     settings: Settings,
     generator: torch.Generator,
     observe: Callback,
     began: float,
+    *,
+    near: bool,
 ) -> tuple[Outcome, str, tuple[str, ...]]:
     """Mini-batches as ``"auto"`` runs them.
 
     Returns:
         Where they ended, the solver that ended there, and what was done and why.
+
+    Raises:
+        KeyboardInterrupt: If the fit is interrupted before there is anything to lose.
     """
     reasons: tuple[str, ...] = ()
     records: list[IterationRecord] = []
@@ -223,16 +229,21 @@ def _mini_batches(
     if lift is not None:
         begin, near, reasons = lift.point, lift.near, (lift.note,)
         if lift.status is not None:
-            batches = minibatches(begin.objective.problem.batches)
-            whole = Pooled(begin.objective, batches, begin.theta)
-            return Outcome(whole, lift.status), "stochastic", reasons
+            return Outcome(over_all_rows(begin), lift.status), "stochastic", reasons
         observe = counted_on(observe, records)
         left = settings.max_iterations - records[-1].iteration
         settings = replace(settings, max_iterations=left)
-    if settings.max_seconds is not None:
-        loop = Stochastic(begin, settings, generator, observe, began, near=near)
-        return loop.run(), "stochastic", reasons
-    outcome, switched = rounds_then_curvature(begin, settings, generator, observe, began, near=near)
+    try:
+        if settings.max_seconds is not None:
+            loop = Stochastic(begin, settings, generator, observe, began, near=near)
+            return loop.run(), "stochastic", reasons
+        outcome, switched = rounds_then_curvature(
+            begin, settings, generator, observe, began, near=near
+        )
+    except KeyboardInterrupt:
+        if lift is None:  # nothing is lost
+            raise
+        return Outcome(over_all_rows(begin), Status.INTERRUPTED), "stochastic", reasons
     if switched is None:
         return outcome, "stochastic", reasons
     return outcome, "trust-region", (*reasons, switched)

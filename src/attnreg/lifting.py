@@ -6,11 +6,11 @@ random heads say nothing of it. So the layer in which every query head has a key
 own is fitted first, from the same start, in which each is a copy of that of its group::
 
     L(W_Q, W_K repeated, W_V repeated, W_O)      mini-batches, for a share of the time
-    groups of the heads that are found           :mod:`attnreg.reduction.sharing`, or by distances
+    groups of the heads that are found           fits of pairs, :mod:`attnreg.reduction.sharing`
     the best common key and value of a group     :mod:`attnreg.reduction.pooled_layer`
 
-and the last is the start of the fit that was asked for. It is taken where its loss is below that of
-the one given, both on the same sample of the rows with their best readout.
+and the last is the start of the fit that was asked for. It is taken where its loss is clearly below
+that of the one given, both on the same sample of the rows with their best readout.
 
 Heuristic: the shares and the numbers of steps, measured on real layers (docs/theory.md).
 """
@@ -28,12 +28,11 @@ from torch import Tensor
 from attnreg.models import MultiHead
 from attnreg.models.pooling import repeat_kv_heads
 from attnreg.objective import Objective
-from attnreg.problem import AttentionProblem
 from attnreg.records import Callback, IterationRecord, Status
-from attnreg.reduction.grouping import clusters, distances
-from attnreg.reduction.pooled_layer import Reduction, Weights, grouped_start
+from attnreg.reduction.grouping import clusters
+from attnreg.reduction.pooled_layer import grouped_start
 from attnreg.reduction.sampling import sample
-from attnreg.reduction.sharing import ROWS, fitted_at_once, pair_losses
+from attnreg.reduction.sharing import COLUMNS, ROWS, features_of_pairs, pair_losses
 from attnreg.solvers.choice import ENOUGH, residuals_a_weight
 from attnreg.solvers.minibatches import (
     Pooled,
@@ -44,25 +43,26 @@ from attnreg.solvers.minibatches import (
     stride,
 )
 from attnreg.solvers.run import Settings, counted_on
-from attnreg.solvers.stochastic import Stochastic, steps_of_iteration
+from attnreg.solvers.stochastic import CLEARLY, Stochastic, steps_of_iteration
 
 SHARE = 0.3
 """Of the time, or of the iterations, for the layer with more heads."""
 
 PAIRS_SHARE = 0.15
-"""Of the time for the fits of pairs, at most."""
+"""Of the time for the steps of the fits of pairs, at most."""
 
-FEWEST_STEPS, MOST_STEPS = 500, 1200
-"""Steps of the layer with more heads: with fewer the heads that it finds are no better than
-neighbours, and after more they change little."""
+FEWEST_STEPS, MOST_STEPS = 350, 1200
+"""Steps of the layer with more heads, rounded up to epochs: with fewer the heads that it finds are
+no better than neighbours, and after more they change little."""
 
 GRADIENTS = 1.5
-"""Of a mini-batch, that a step takes as long as."""
+"""Gradients of a mini-batch in the time of a step."""
 
 POOLED_ROWS = 4096
 """Of the sequences of which heads are pooled, about."""
 
-CUT_SHORT = (Status.INTERRUPTED, Status.STOPPED)
+MOST_PAIRS = 2 * COLUMNS
+"""Features of all pairs: fits of more, of which few are fitted at once, take too long."""
 
 
 @dataclass(frozen=True)
@@ -103,17 +103,35 @@ def lifted(
         records: Those of this part are added.
 
     Returns:
-        Where the fit goes on, or None where this is not for it: other models, heads with norms,
-        ridges, as many key/value heads as heads, little data or little time.
+        Where the fit goes on, or None where this is not for it: other models, heads with norms or
+        too many of them, ridges, one key/value head or as many as heads, little data or little
+        time. An interrupted one ends in the start given.
     """
+    try:
+        return _lifted(begin, template, settings, generator, observe, began, records)
+    except KeyboardInterrupt:
+        return Lift(begin, False, "interrupted on the way to a start", Status.INTERRUPTED)
+
+
+def _lifted(
+    begin: Pooled,
+    template: Mapping[str, Tensor],
+    settings: Settings,
+    generator: torch.Generator,
+    observe: Callback,
+    began: float,
+    records: list[IterationRecord],
+) -> Lift | None:
     objective = begin.objective
     problem, model = objective.problem, objective.model
     if not isinstance(model, MultiHead) or objective.ridge is not None:
         return None
     groups, repeats = objective.layout.groups, objective.layout.repeats
-    if repeats == 1 or model.norm_eps is not None:
+    if groups == 1 or repeats == 1 or model.norm_eps is not None:
         return None
     wide = replace(model, kv_heads=model.heads)
+    if features_of_pairs(problem, wide) > MOST_PAIRS:
+        return None
     copied = repeat_kv_heads(template, groups, repeats)
     theta, readout = wide.split(problem, copied)
     if residuals_a_weight(problem, theta.numel() + readout.numel()) < ENOUGH:
@@ -134,22 +152,34 @@ def lifted(
         phase="lifted",
     )
     status, theta, readout = loop.lead()
+    del loop  # its copy of the inputs
     objective.count_passes(more.passes - objective.passes)
-    found = wide.join(problem, theta, readout, copied)
     heads = f"a layer with {model.heads} key/value heads, fitted first,"
+    if status in (Status.INTERRUPTED, Status.STOPPED):
+        return Lift(begin, False, f"{heads} was cut short", status)
     if status in (Status.CONVERGED, Status.DIVERGED):
-        return Lift(begin, False, f"{heads} was no help: {status.text}", None)
-    ends = status if status in CUT_SHORT else None
+        return Lift(begin, False, f"{heads} was no help: {_WHY[status]}", None)
+    found = wide.join(problem, theta, readout, copied)
+    limit = settings.max_seconds
+    bound = None if limit is None else PAIRS_SHARE * limit
     try:
-        weights, how = _grouped(problem, wide, found, model, None if ends else settings)
-    except KeyboardInterrupt:
-        return Lift(begin, False, f"the heads of {heads} were not grouped", Status.INTERRUPTED)
+        lost = pair_losses(sample(problem, ROWS), wide, found, model, max_seconds=bound)
+    except torch.linalg.LinAlgError:
+        return Lift(begin, False, f"{heads} was no help: a fit of two heads has no readout", None)
+    members = clusters(lost.cpu(), groups)
+    weights = grouped_start(sample(problem, POOLED_ROWS), wide, found, model, members)
     theta, readout = model.split(problem, weights)
     start = sampled(objective, theta)
-    if not start.value < begin.value:
-        return Lift(begin, False, f"{heads} led to no better start", ends)
-    note = f"the start was made of {heads} its heads {how}"
-    return Lift(start, start.explains(readout), note, ends)
+    if not start.value <= CLEARLY * begin.value:
+        return Lift(begin, False, f"{heads} led to no better start", None)
+    note = f"the start was made of {heads} its heads grouped by fits of pairs"
+    return Lift(start, start.explains(readout), note, None)
+
+
+_WHY = {
+    Status.CONVERGED: "the start is stationary",
+    Status.DIVERGED: "its steps left the range of numbers",
+}
 
 
 def _bounds(
@@ -171,8 +201,9 @@ def _bounds(
 
 
 def _seconds_of_gradient(objective: Objective, theta: Tensor, readout: Tensor) -> float:
-    """Of a mini-batch, the least of three: the first may be slow."""
-    batch = minibatches(objective.problem.batches)[0]
+    """Of a mini-batch of middling length, the least of three: the first may be slow."""
+    batches = minibatches(objective.problem.batches)
+    batch = batches[len(batches) // 2]
     batch = batch.every(stride(batch.B.shape[1]), 0)
     least = math.inf
     for _ in range(3):
@@ -181,25 +212,3 @@ def _seconds_of_gradient(objective: Objective, theta: Tensor, readout: Tensor) -
         partial_gradient(objective, batch, features, readout)
         least = min(least, time.perf_counter() - began)
     return least
-
-
-def _grouped(
-    problem: AttentionProblem,
-    wide: MultiHead,
-    weights: Weights,
-    model: MultiHead,
-    settings: Settings | None,
-) -> tuple[Weights, str]:
-    """The start of the groups and how they were found; without settings in no time."""
-    few, count = sample(problem, POOLED_ROWS), model.kv_heads or wide.heads
-    if count == 1:
-        members, how = [tuple(range(wide.heads))], "joined into one"
-    elif settings is not None and fitted_at_once(problem, wide):
-        limit = settings.max_seconds
-        bound = None if limit is None else PAIRS_SHARE * limit
-        lost = pair_losses(sample(problem, ROWS), wide, weights, model, max_seconds=bound)
-        members, how = clusters(lost, count), "grouped by fits of pairs"
-    else:
-        apart = distances(Reduction(few, wide, weights, model).split)
-        members, how = clusters(apart, count), "grouped by their distances"
-    return grouped_start(few, wide, weights, model, members), how

@@ -89,8 +89,11 @@ class Objective:
 
     def with_model(self, model: Model) -> Objective:
         """The same of another model; operations are counted together, passes go on from here."""
-        other = Objective(self.problem, model)
-        other.operations, other._passes = self.operations, self.passes
+        other = copy.copy(self)
+        other.__dict__.pop("left", None)
+        other.model, other.layout = model, model.layout(self.problem)
+        other.ridge = model.ridge(self.problem)
+        other._passes, other._points = self.passes, []
         return other
 
     def features(self, theta: Tensor) -> Features:

@@ -9,9 +9,9 @@ from attnreg.problem import AttentionProblem
 
 
 def sample(problem: AttentionProblem, rows: int) -> AttentionProblem:
-    """Sequences spread over the problem: one of each of equal parts, at random.
+    """Sequences spread over those of the problem that have weight: one of each of equal parts.
 
-    Equal steps would miss every other text where two take turns.
+    Which is drawn at random: equal steps would miss every other text where two take turns.
 
     Args:
         problem: The problem.
@@ -22,7 +22,14 @@ def sample(problem: AttentionProblem, rows: int) -> AttentionProblem:
     """
     if problem.n_rows <= rows:
         return problem
+    weighted = sorted(
+        position
+        for batch in problem.batches
+        for position, any_row in zip(batch.index, batch.weights.any(dim=1).tolist(), strict=True)
+        if any_row
+    )
     count = max(1, round(problem.n_sequences * rows / problem.n_rows))
-    bounds = [i * problem.n_sequences // count for i in range(count + 1)]
+    count = min(count, len(weighted))
+    bounds = [i * len(weighted) // count for i in range(count + 1)]
     generator = random.Random(0)
-    return problem.subset(generator.randrange(*part) for part in itertools.pairwise(bounds))
+    return problem.subset(weighted[generator.randrange(*b)] for b in itertools.pairwise(bounds))

@@ -105,19 +105,18 @@ def pair_losses(
     return result
 
 
-def fitted_at_once(problem: AttentionProblem, teacher: MultiHead) -> bool:
-    """Whether all pairs are one layer: fits of more pairs take several times as long.
+def features_of_pairs(problem: AttentionProblem, teacher: MultiHead) -> int:
+    """Features of all pairs together, of which :data:`COLUMNS` are fitted at once.
 
     Args:
         problem: The layer's inputs.
-        teacher: Description of the original layer.
+        teacher: Description of the original layer; heads of pairs are taken to be as wide as its.
 
     Returns:
-        Whether their features are no more than :data:`COLUMNS`.
+        Their number.
     """
     heads, kv_heads, _, value_width = sizes(problem, teacher)
-    pairs = kv_heads * (kv_heads - 1) // 2
-    return pairs * 2 * (heads // kv_heads) * value_width <= COLUMNS
+    return kv_heads * (kv_heads - 1) // 2 * 2 * (heads // kv_heads) * value_width
 
 
 def leading_directions(

@@ -105,6 +105,14 @@ def sampled(objective: Objective, theta: Tensor) -> Pooled:
     return Pooled(objective, batches, theta)
 
 
+def over_all_rows(point: Pooled) -> Pooled:
+    """A point over all rows: the same one where it is."""
+    batches = minibatches(point.objective.problem.batches)
+    if len(point.batches) == len(batches):
+        return point
+    return Pooled(point.objective, batches, point.theta)
+
+
 class Pooled:
     """The reduced objective at one ``theta``, summed over mini-batches in one forward pass.
 

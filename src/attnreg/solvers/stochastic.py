@@ -47,6 +47,7 @@ from attnreg.solvers.minibatches import (
     Pooled,
     features_of,
     minibatches,
+    over_all_rows,
     partial_gradient,
     stride,
 )
@@ -161,7 +162,7 @@ class Stochastic:
             The end with its readout solved over all rows, or the start where that is lower.
         """
         status = self._until_bound()
-        end = self._whole(self._start) if status is Status.DIVERGED else self._end()
+        end = over_all_rows(self._start) if status is Status.DIVERGED else self._end()
         return Outcome(end, status)
 
     def lead(self) -> tuple[Status, Tensor, Tensor]:
@@ -177,9 +178,9 @@ class Stochastic:
 
     def _until_bound(self) -> Status:
         """Epochs until a bound is met."""
-        norm = relative_gradient_norm(self._start)
-        status = self._report(self._start, norm, "start")
         try:
+            norm = relative_gradient_norm(self._start)
+            status = self._report(self._start, norm, "start")
             while status is None:
                 status = self._epoch()
         except KeyboardInterrupt:
@@ -201,21 +202,15 @@ class Stochastic:
             The point over all rows.
         """
         if not self._steps:
-            return self._whole(self._start)
+            return over_all_rows(self._start)
         theta = self._inputs.leave(self._theta)
         if self._sampled:
             sampled = Pooled(self._objective, self._start.batches, theta)
             if sampled.value <= CLEARLY * self._start.value:
-                return self._whole(sampled)
+                return over_all_rows(sampled)
         end = Pooled(self._objective, self._batches, theta)
-        start = self._whole(self._start)
+        start = over_all_rows(self._start)
         return end if end.value <= start.value else start
-
-    def _whole(self, point: Pooled) -> Pooled:
-        """A point over all rows."""
-        if self._sampled:
-            return Pooled(self._objective, self._batches, point.theta)
-        return point
 
     def _epoch(self) -> Status | None:
         """All mini-batches in random order, once, or more often where they are few."""
