@@ -167,7 +167,12 @@ def test_a_lift_that_is_stopped_ends_in_the_start(raises, at):
 
 @pytest.mark.parametrize("name", ["pair_losses", "grouped_start", "sampled"])
 def test_an_interrupt_anywhere_in_a_lift_ends_in_the_start(monkeypatch, name):
-    def interrupted(*_, **options):
+    original, calls = getattr(lifting, name), []
+
+    def interrupted(*given, **options):
+        calls.append(name)
+        if len(calls) == 1 and name == "sampled":  # of the layer with more heads
+            return original(*given, **options)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(lifting, name, interrupted)
@@ -177,6 +182,15 @@ def test_an_interrupt_anywhere_in_a_lift_ends_in_the_start(monkeypatch, name):
     assert any("interrupted" in note for note in result.notes)
     for weight in ("W_Q", "W_K", "W_V"):
         assert torch.equal(result.parameters[weight], start[weight])
+
+
+def test_an_interrupt_before_the_first_record_is_one(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lifting, "sampled", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fitted(*layer())
 
 
 @pytest.mark.parametrize("rounds", [False, True])

@@ -105,11 +105,16 @@ def lifted(
     Returns:
         Where the fit goes on, or None where this is not for it: other models, heads with norms or
         too many of them, ridges, one key/value head or as many as heads, little data or little
-        time. An interrupted one ends in the start given.
+        time. Where it is interrupted, that is the start given.
+
+    Raises:
+        KeyboardInterrupt: If it is interrupted before there is anything to lose.
     """
     try:
         return _lifted(begin, template, settings, generator, observe, began, records)
     except KeyboardInterrupt:
+        if not records:  # nothing is lost
+            raise
         return Lift(begin, False, "interrupted on the way to a start", Status.INTERRUPTED)
 
 
