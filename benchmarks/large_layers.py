@@ -11,10 +11,11 @@ full time, and the best of these is its row. First-order peers have fused attent
 fixed fractions of the time and scored off the clock, once as they are and once with W_O and b_O
 solved in closed form on the calibration data, also off the clock: the better by validation counts.
 attnreg is fitted anew for each of these fractions and for half of the time, since it is told its
-time beforehand; its readouts are on the clock, and its seconds are those that it took. Where residuals a weight are few
-it has two finalists, `fit`, and `fit_validated` with its judging on the clock. Tier large has one
-more fit of attnreg, given three times the time: no row, but what is left to gain at the end of the
-others. Tier gpu has the data of large in a twentieth of its time, and repeats.
+time beforehand; its readouts are on the clock, and its seconds are those that it took. Where
+residuals a weight are few it has two finalists, `fit`, and `fit_validated` with its judging on the
+clock. Tier large has one more fit of attnreg, given three times the time: no row, but what is left
+to gain at the end of the others. Tier gpu has the data of large in a twentieth of its time, and
+repeats.
 
     python -m benchmarks.large_layers --tier large
     python -m benchmarks.large_layers --tier gpu --device cuda --precision tf32
