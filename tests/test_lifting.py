@@ -101,7 +101,7 @@ KINDS = {
 def test_layers_of_every_kind(kind, dtype):
     ragged, options = KINDS[kind]
     model = dataclasses.replace(STUDENT, **options)
-    lengths = [5 + i % 5 for i in range(500)] if ragged else [8] * 500
+    lengths = [5 + i % 5 for i in range(500)] if ragged else [7] * 500
     inputs = [normal(n, 8, seed=i, dtype=dtype) for i, n in enumerate(lengths)]
     weights = [torch.full((n,), float(i % 3), dtype=dtype) for i, n in enumerate(lengths)]
     settings = {"mask": "causal", "weights": weights} if ragged else {}
