@@ -70,7 +70,7 @@ class Lift:
     """Where a fit goes on.
 
     Attributes:
-        point: The start of the fit, on a sample of the rows; the one given where that is lower.
+        point: The start of the fit, on a sample of the rows; the one given if no other is made.
         near: Whether it explains a tenth of the targets' spread with the readout it came with.
         note: What was done.
         status: That of a fit which is to end here: it was interrupted, or asked to stop.
