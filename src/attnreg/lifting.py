@@ -128,16 +128,12 @@ def _lifted(
     records: list[IterationRecord],
 ) -> Lift | None:
     objective = begin.objective
-    problem, model = objective.problem, objective.model
-    if not isinstance(model, MultiHead) or objective.ridge is not None:
+    problem, model, wide = objective.problem, objective.model, _wider(objective)
+    if wide is None:
         return None
-    groups, repeats = objective.layout.groups, objective.layout.repeats
-    if groups == 1 or repeats == 1 or model.norm_eps is not None:
-        return None
-    wide = replace(model, kv_heads=model.heads)
-    if features_of_pairs(problem, wide) > MOST_PAIRS:
-        return None
-    copied = repeat_kv_heads(template, groups, repeats)
+    assert isinstance(model, MultiHead)
+    groups = objective.layout.groups
+    copied = repeat_kv_heads(template, groups, objective.layout.repeats)
     theta, readout = wide.split(problem, copied)
     if residuals_a_weight(problem, theta.numel() + readout.numel()) < ENOUGH:
         return None
@@ -179,6 +175,17 @@ def _lifted(
         return Lift(begin, False, f"{heads} led to no better start", None)
     note = f"the start was made of {heads} its heads grouped by fits of pairs"
     return Lift(start, start.explains(readout), note, None)
+
+
+def _wider(objective: Objective) -> MultiHead | None:
+    """The layer with a key/value head for every query head, or None where this is not for it."""
+    model, layout = objective.model, objective.layout
+    if not isinstance(model, MultiHead) or model.norm_eps is not None:
+        return None
+    if objective.ridge is not None or layout.groups == 1 or layout.repeats == 1:
+        return None
+    wide = replace(model, kv_heads=model.heads)
+    return wide if features_of_pairs(objective.problem, wide) <= MOST_PAIRS else None
 
 
 _WHY = {
