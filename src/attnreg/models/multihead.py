@@ -20,6 +20,7 @@ from attnreg.models.inputs import (
     constant_input,
     input_gram,
 )
+from attnreg.models.pooling import repeat_heads
 from attnreg.models.rotary import Rotary, rotation
 from attnreg.models.sizes import norm_factors, shaped_sizes
 from attnreg.problem import AttentionProblem, Batch
@@ -159,7 +160,7 @@ class MultiHead(Model):
         if self._has("output"):
             constant = weights["b_O"]
             if self._has("value"):
-                constant = constant + self._repeated(problem, weights["b_V"]) @ readout
+                constant = constant + self._repeated(weights["b_V"]) @ readout
             readout = torch.cat([readout, constant[None]])
         return torch.cat([block.reshape(-1) for block in blocks]), readout
 
@@ -179,7 +180,7 @@ class MultiHead(Model):
         if self._has("output"):
             named |= {"W_O": readout[:-1], "b_O": readout[-1]}
             if self._has("value"):
-                b_v = self._repeated(problem, named["b_V"])
+                b_v = self._repeated(named["b_V"])
                 named["b_O"] = readout[-1] - b_v @ readout[:-1]
         named |= {n: gain[0] for n, gain in zip(self._gains, blocks[3:], strict=True)}
         return {name: named[name].clone() for name in self._shapes(problem)}
@@ -428,10 +429,9 @@ class MultiHead(Model):
         kept = {k: s for k, s in shapes.items() if k not in biases or self._has(biases[k])}
         return kept | dict.fromkeys(self._gains, (e,))
 
-    def _repeated(self, problem: AttentionProblem, b_v: Tensor) -> Tensor:
+    def _repeated(self, b_v: Tensor) -> Tensor:
         """``b_V`` once per query head."""
-        per_head = b_v.view(self._groups, -1)
-        return per_head.repeat_interleave(self.heads // self._groups, dim=0).flatten()
+        return repeat_heads(b_v, len(b_v) // self._groups, self.heads // self._groups)
 
 
 def _mean_square(problem: AttentionProblem) -> float:

@@ -54,6 +54,11 @@ def repeat_kv_heads(weights: Parameters, kv_heads: int, times: int) -> dict[str,
     repeated = {name: torch.as_tensor(value) for name, value in weights.items()}
     for name in ("W_K", "b_K", "W_V", "b_V"):
         if name in repeated:
-            heads = repeated[name].unflatten(-1, (kv_heads, -1))
-            repeated[name] = heads.repeat_interleave(times, dim=-2).flatten(-2)
+            width = repeated[name].shape[-1] // kv_heads
+            repeated[name] = repeat_heads(repeated[name], width, times)
     return repeated
+
+
+def repeat_heads(x: Tensor, width: int, times: int) -> Tensor:
+    """Every head of ``(..., heads * width)`` so many times in a row."""
+    return x.unflatten(-1, (-1, width)).repeat_interleave(times, dim=-2).flatten(-2)

@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from attnreg.models.pooling import repeat_heads
 from attnreg.models.rotary import Rotary
 from attnreg.transformers.adapters.base import Adapter, NotExpressible
 from attnreg.transformers.shapes import AttentionShape
@@ -48,11 +49,6 @@ class GroupedConv1D(Conv1D):
         query, key, value = super().forward(x).split(self.sizes, dim=-1)
         key, value = (repeat_heads(t, self.head_dim, self.repeats) for t in (key, value))
         return torch.cat((query, key, value), dim=-1)
-
-
-def repeat_heads(x: Tensor, head_dim: int, repeats: int) -> Tensor:
-    """Every head of (..., heads head_dim) ``repeats`` times in a row."""
-    return x.unflatten(-1, (-1, head_dim)).repeat_interleave(repeats, dim=-2).flatten(-2)
 
 
 def exchange(owner: nn.Module, name: str, new: nn.Module, values: Mapping[str, Tensor]) -> None:
