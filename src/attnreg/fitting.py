@@ -224,16 +224,16 @@ def _mini_batches(
     reasons: tuple[str, ...] = ()
     records: list[IterationRecord] = []
     lift = None
-    if not near:
-        lift = lifted(begin, template, settings, generator, observe, began, records)
-    if lift is not None:
-        begin, near, reasons = lift.point, lift.near, (lift.note,)
-        if lift.status is not None:
-            return Outcome(over_all_rows(begin), lift.status), "stochastic", reasons
-        observe = counted_on(observe, records)
-        left = settings.max_iterations - records[-1].iteration
-        settings = replace(settings, max_iterations=left)
     try:
+        if not near:
+            lift = lifted(begin, template, settings, generator, observe, began, records)
+        if lift is not None:
+            begin, near, reasons = lift.point, lift.near, (lift.note,)
+            if lift.status is not None:
+                return Outcome(over_all_rows(begin), lift.status), "stochastic", reasons
+            observe = counted_on(observe, records)
+            left = settings.max_iterations - records[-1].iteration
+            settings = replace(settings, max_iterations=left)
         if settings.max_seconds is not None:
             loop = Stochastic(begin, settings, generator, observe, began, near=near)
             return loop.run(), "stochastic", reasons
@@ -241,8 +241,9 @@ def _mini_batches(
             begin, settings, generator, observe, began, near=near
         )
     except KeyboardInterrupt:
-        if lift is None:  # nothing is lost
+        if not records:  # nothing is lost
             raise
+        reasons = reasons or ("interrupted on the way to a start",)
         return Outcome(over_all_rows(begin), Status.INTERRUPTED), "stochastic", reasons
     if switched is None:
         return outcome, "stochastic", reasons

@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from attnreg.batching import Batch
 from attnreg.models import MultiHead
 from attnreg.models.pooling import repeat_kv_heads
 from attnreg.objective import Objective
@@ -105,28 +106,8 @@ def lifted(
     Returns:
         Where the fit goes on, or None where this is not for it: other models, heads with norms or
         too many of them, ridges, one key/value head or as many as heads, little data or little
-        time. Where it is interrupted, that is the start given.
-
-    Raises:
-        KeyboardInterrupt: If it is interrupted before there is anything to lose.
+        time.
     """
-    try:
-        return _lifted(begin, template, settings, generator, observe, began, records)
-    except KeyboardInterrupt:
-        if not records:  # nothing is lost
-            raise
-        return Lift(begin, False, "interrupted on the way to a start", Status.INTERRUPTED)
-
-
-def _lifted(
-    begin: Pooled,
-    template: Mapping[str, Tensor],
-    settings: Settings,
-    generator: torch.Generator,
-    observe: Callback,
-    began: float,
-    records: list[IterationRecord],
-) -> Lift | None:
     objective = begin.objective
     problem, model, wide = objective.problem, objective.model, _wider(objective)
     if wide is None:
@@ -141,9 +122,8 @@ def _lifted(
     bounds = _bounds(more, theta, readout, settings, began)
     if bounds is None:
         return None
-    point = sampled(more, theta)
     loop = Stochastic(
-        point,
+        begin.under(more, theta),  # copies of heads have the features that they have
         bounds,
         generator,
         counted_on(observe, records),
@@ -198,7 +178,8 @@ def _bounds(
     more: Objective, theta: Tensor, readout: Tensor, settings: Settings, began: float
 ) -> Settings | None:
     """What bounds the fit with more heads; None where that leaves too few steps."""
-    steps = steps_of_iteration(minibatches(more.problem.batches))
+    batches = minibatches(more.problem.batches)
+    steps = steps_of_iteration(batches)
     epochs = min(math.floor(SHARE * settings.max_iterations), math.ceil(MOST_STEPS / steps))
     if epochs * steps < FEWEST_STEPS:
         return None
@@ -206,16 +187,16 @@ def _bounds(
     if settings.max_seconds is not None:
         spent = time.perf_counter() - began
         seconds = spent + SHARE * (settings.max_seconds - spent)
-        step = GRADIENTS * _seconds_of_gradient(more, theta, readout)
+        step = GRADIENTS * _seconds_of_gradient(more, batches[len(batches) // 2], theta, readout)
         if seconds - spent < FEWEST_STEPS * step:
             return None
     return replace(settings, max_iterations=epochs, max_seconds=seconds)
 
 
-def _seconds_of_gradient(objective: Objective, theta: Tensor, readout: Tensor) -> float:
-    """Of a mini-batch of middling length, the least of three: the first may be slow."""
-    batches = minibatches(objective.problem.batches)
-    batch = batches[len(batches) // 2]
+def _seconds_of_gradient(
+    objective: Objective, batch: Batch, theta: Tensor, readout: Tensor
+) -> float:
+    """Of the rows that a step reads of a mini-batch, the least of three: the first may be slow."""
     batch = batch.every(stride(batch.B.shape[1]), 0)
     least = math.inf
     for _ in range(3):

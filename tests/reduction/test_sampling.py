@@ -1,5 +1,7 @@
 """Some sequences of a problem."""
 
+import torch
+
 from attnreg.problem import AttentionProblem
 from attnreg.reduction.sampling import sample
 from tests.twins import normal
@@ -25,6 +27,15 @@ def test_a_sample_has_every_one_of_texts_that_take_turns():
     few = positions(sample(problem, 160), problem)  # one in 4
     for texts in (2, 4):
         assert {position % texts for position in few} == set(range(texts))
+
+
+def test_a_sample_has_sequences_with_weight_only():
+    weights = torch.zeros(16, 10, dtype=torch.float64)
+    weights[[3, 4, 11], 5] = 1.0
+    problem = numbered(16).replace(weights=weights)
+    assert positions(sample(problem, 60), problem) == [3, 4, 11]
+    [one] = positions(sample(problem, 10), problem)
+    assert one in (3, 4, 11)
 
 
 def positions(few, problem):

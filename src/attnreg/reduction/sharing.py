@@ -116,7 +116,7 @@ def features_of_pairs(problem: AttentionProblem, teacher: MultiHead) -> int:
         Their number.
     """
     heads, kv_heads, _, value_width = sizes(problem, teacher)
-    return kv_heads * (kv_heads - 1) // 2 * 2 * (heads // kv_heads) * value_width
+    return heads * (kv_heads - 1) * value_width  # kv_heads (kv_heads - 1) / 2 pairs
 
 
 def leading_directions(

@@ -158,11 +158,20 @@ class Pooled:
         self._settle()
         self.seconds = time.perf_counter() - began
 
-    def under(self, objective: Objective) -> Pooled:
-        """The same point, from the same sums, of an objective that differs in the ridge."""
+    def under(self, objective: Objective, theta: Tensor | None = None) -> Pooled:
+        """The same point, from the same sums, of an objective that differs in the ridge.
+
+        Args:
+            objective: The other.
+            theta: What has the same features in it, where it differs in the model too.
+
+        Returns:
+            The point.
+        """
         other = copy(self)
         other.__dict__.pop("gradient", None)
         other.objective = objective
+        other.theta = self.theta if theta is None else theta
         other._settle()
         return other
 
