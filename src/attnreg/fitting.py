@@ -71,11 +71,11 @@ def fit(
             no path and no other starts. ``"auto"`` takes mini-batches for a layer with at least
             10 residuals a parameter: for all of ``max_seconds``, or, without it, in rounds twice
             as long each time until one gains less than a twentieth, after which ``"trust-region"``
-            goes on from there; and ``"trust-region"`` for all else. A start that explains
-            less than a tenth of ``B``'s spread is led through the layer with as many key/value
-            heads as query heads, which shows those that may share one, where that has 40 residuals
-            a parameter and room for 350 steps (no ridges, no norms, two key/value heads at
-            least): the heads of the result are in another order than those of ``init``.
+            goes on from there; and ``"trust-region"`` for all else. A start with a readout that
+            explains less than a tenth of ``B``'s spread is led through the layer with as many
+            key/value heads as query heads, which shows those that may share one, where that has 40
+            residuals a parameter and room for 150 steps (no ridges, no norms, two key/value heads
+            at least): the heads of the result are in another order than those of ``init``.
             A note of the result says which and why, and the history's phases show it.
         init: Named parameters to start from, or a result to continue. A start whose readout
             (``Y``, or ``W_O`` and ``b_O``) is zero is led in by the regularisation path; for

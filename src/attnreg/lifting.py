@@ -1,16 +1,19 @@
 r"""A start by way of more key/value heads, where the one given says nothing of which may share one.
 
 The query heads of a key/value head stay together through a whole fit, and where it ends depends
-more on which those are than on all else (docs/theory.md, "Which heads share one"). Averaged or
-random heads say nothing of it. So the layer in which every query head has a key/value head of its
-own is fitted first, from the same start, in which each is a copy of that of its group::
+more on which those are than on all else (docs/theory.md, "Which heads share one"). Averaged heads
+say nothing of it, but the readout beside them says what each head has to give: with it held, the
+layer in which every query head has a key/value head of its own has targets for each head apart, and
+a few hundred steps find them::
 
-    L(W_Q, W_K repeated, W_V repeated, W_O)      mini-batches, for a share of the time
+    L(W_Q, W_K repeated, W_V repeated, W_O)      W_O as given; mini-batches, a share of the time
     groups of the heads that are found           fits of pairs, :mod:`attnreg.reduction.sharing`
     the best common key and value of a group     :mod:`attnreg.reduction.pooled_layer`
 
-and the last is the start of the fit that was asked for. It is taken where its loss is clearly below
-that of the one given, both on the same sample of the rows with their best readout.
+and the last is the start of the fit that was asked for. A readout that is not that of the layer
+shows in what the larger layer leaves unexplained, and the start that comes of it is taken where its
+loss is clearly below that of the one given, both on the same sample of the rows with their best
+readout.
 
 Heuristic: the shares and the numbers of steps, measured on real layers (docs/theory.md).
 """
@@ -41,20 +44,24 @@ from attnreg.solvers.minibatches import (
     minibatches,
     partial_gradient,
     sampled,
+    spread,
     stride,
 )
 from attnreg.solvers.run import Settings, counted_on
 from attnreg.solvers.stochastic import CLEARLY, Stochastic, steps_of_iteration
 
-SHARE = 0.3
+SHARE = 0.25
 """Of the time, or of the iterations, for the layer with more heads."""
 
-PAIRS_SHARE = 0.15
-"""Of the time for the steps of the fits of pairs, at most."""
-
-FEWEST_STEPS, MOST_STEPS = 350, 1200
+FEWEST_STEPS, MOST_STEPS = 150, 300
 """Steps of the layer with more heads, rounded up to epochs: with fewer the heads that it finds are
-no better than neighbours, and after more they change little."""
+still much like the copies they began as, and after more their groups change little."""
+
+UNEXPLAINED, CHECKED_ROWS = 0.25, 2048
+"""Share of the targets' spread that heads of use leave at most, and rows on which that is seen."""
+
+PAIRS_SHARE = 0.08
+"""Of the time for the steps of the fits of pairs, at most."""
 
 GRADIENTS = 1.5
 """Gradients of a mini-batch in the time of a step."""
@@ -105,8 +112,8 @@ def lifted(
 
     Returns:
         Where the fit goes on, or None where this is not for it: other models, heads with norms or
-        too many of them, ridges, one key/value head or as many as heads, little data or little
-        time.
+        too many of them, ridges, one key/value head or as many as heads, no readout, little data or
+        little time.
     """
     objective = begin.objective
     problem, model, wide = objective.problem, objective.model, _wider(objective)
@@ -116,7 +123,8 @@ def lifted(
     groups = objective.layout.groups
     copied = repeat_kv_heads(template, groups, objective.layout.repeats)
     theta, readout = wide.split(problem, copied)
-    if residuals_a_weight(problem, theta.numel() + readout.numel()) < ENOUGH:
+    given = bool(readout[: objective.layout.features].any())
+    if not given or residuals_a_weight(problem, theta.numel() + readout.numel()) < ENOUGH:
         return None
     more = objective.with_model(wide)
     bounds = _bounds(more, theta, readout, settings, began)
@@ -129,10 +137,10 @@ def lifted(
         counted_on(observe, records),
         began,
         near=False,
-        hurried=False,
         phase="lifted",
+        held=readout,
     )
-    status, theta, readout = loop.lead()
+    status, theta = loop.lead()
     del loop  # its copy of the inputs
     objective.count_passes(more.passes - objective.passes)
     heads = f"a layer with {model.heads} key/value heads, fitted first,"
@@ -140,6 +148,9 @@ def lifted(
         return Lift(begin, False, f"{heads} was cut short", status)
     if status in (Status.CONVERGED, Status.DIVERGED):
         return Lift(begin, False, f"{heads} was no help: {_WHY[status]}", None)
+    end = Pooled(more, spread(begin.batches, CHECKED_ROWS), theta)
+    if not end.loss_at(readout) <= UNEXPLAINED * more.target_norm_squared:
+        return Lift(begin, False, f"{heads} was no help: it explains little", None)
     found = wide.join(problem, theta, readout, copied)
     limit = settings.max_seconds
     bound = None if limit is None else PAIRS_SHARE * limit

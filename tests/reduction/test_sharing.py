@@ -118,7 +118,7 @@ def test_pairs_that_are_fitted_in_parts_have_the_same_losses(monkeypatch):
     monkeypatch.setattr(sharing, "COLUMNS", 13)  # two pairs of two heads of 3 at once
     torch.testing.assert_close(sharing_losses(*given, steps=0), together, rtol=1e-12, atol=0.0)
     # The length of a step is a share of the size of all heads at once.
-    torch.testing.assert_close(sharing_losses(*given, steps=5), moved, rtol=1e-2, atol=0.0)
+    torch.testing.assert_close(sharing_losses(*given, steps=5), moved, rtol=3e-2, atol=0.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -126,6 +126,12 @@ def test_steps_lower_the_losses(kind):
     given = case(kind)
     before, after = (sharing_losses(*given, steps=steps) for steps in (0, 60))
     assert bool((after < 0.9 * before).all())
+
+
+def test_a_bound_on_the_time_takes_no_steps_where_it_is_short():
+    given = case()
+    found = sharing_losses(*given, max_seconds=1e-9)
+    torch.testing.assert_close(found, sharing_losses(*given, steps=0), rtol=1e-12, atol=0.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -195,7 +201,8 @@ def test_the_time_bounds_the_steps(monkeypatch):
     fits.run(1000, 8.0)
     # One tick a step: of 8 s 1 to 7 are gone at the seven steps that are taken.
     left = [1 - second / 8 for second in range(1, 8)]
-    warm = [sharing.warmed_up(step) for step in range(7)]
+    # Few for STEPS: each is as long as they may be.
+    warm = [sharing.FASTEST * min(1.0, (step + 1) / sharing.WARM_UP) for step in range(7)]
     assert rates == pytest.approx([a * b for a, b in zip(left, warm, strict=True)])
 
 

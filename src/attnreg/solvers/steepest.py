@@ -145,6 +145,7 @@ class Steepest:
             rates, the first ones.
         blocks: Its blocks.
         rates: Of each block that moves.
+        momentum: Share of the running mean that a step keeps.
     """
 
     def __init__(
@@ -153,8 +154,9 @@ class Steepest:
         theta: Tensor,
         blocks: Sequence[ParameterBlock],
         rates: Sequence[float],
+        momentum: float = MOMENTUM,
     ) -> None:
-        self._blocks = blocks
+        self._blocks, self._keep = blocks, momentum
         self._momentum = torch.zeros_like(theta)
         self._scales = [inputs.scales(block) for block in blocks[: len(rates)]]
         self._lengths = [
@@ -170,8 +172,8 @@ class Steepest:
             gradient: By these.
             factor: The share.
         """
-        self._momentum.lerp_(gradient, 1 - MOMENTUM)
-        direction = torch.lerp(gradient, self._momentum, MOMENTUM)
+        self._momentum.lerp_(gradient, 1 - self._keep)
+        direction = torch.lerp(gradient, self._momentum, self._keep)
         weights = split_blocks(theta, self._blocks)
         directions = split_blocks(direction, self._blocks)
         for i, rate in enumerate(self._lengths):

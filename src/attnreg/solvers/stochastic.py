@@ -52,8 +52,8 @@ from attnreg.solvers.minibatches import (
     stride,
 )
 from attnreg.solvers.run import Outcome, Run, Settings, relative_gradient_norm
-from attnreg.solvers.running_readout import RunningReadout
-from attnreg.solvers.steepest import SCALED, ScaledInputs, Steepest, scaled_power
+from attnreg.solvers.running_readout import HeldReadout, RunningReadout
+from attnreg.solvers.steepest import MOMENTUM, SCALED, ScaledInputs, Steepest, scaled_power
 
 RATE = 0.015
 WARM_UP = 20
@@ -63,6 +63,10 @@ NEAR = 0.4
 SHORT, FASTEST = 200, 3.0
 """Steps below which a run from a start that is not near has a higher rate: ``sqrt(SHORT / steps)``
 times, :data:`FASTEST` at most."""
+
+HELD, HELD_QUERIES, HELD_MOMENTUM = 4.0, 0.4, 0.7
+"""Where the readout is held, times the rate, of that for queries, and the momentum: each head has
+targets of its own then, and stands longer steps."""
 
 FEWEST_STEPS = 8
 """Of an iteration: little data is gone through several times in one."""
@@ -85,6 +89,11 @@ def step_rates(blocks: Sequence[ParameterBlock], *, near: bool) -> list[float]:
     """Rates of the blocks: values' the whole, those of queries and keys less from a near start."""
     slower = NEAR if near else 1.0
     return [RATE * (1.0 if block.name == "value" else slower) for block in blocks]
+
+
+def held_rates(blocks: Sequence[ParameterBlock]) -> list[float]:
+    """Rates of the blocks where the readout is held."""
+    return [HELD * RATE * (HELD_QUERIES if block.name == "query" else 1.0) for block in blocks]
 
 
 def warmed_up(steps: int) -> float:
@@ -114,6 +123,7 @@ class Stochastic:
         hurried: Whether a short run from a start that is not near has a higher rate; not where
             other runs go on from its end.
         phase: Of the records of its epochs.
+        held: A readout that stays as it is; one that runs after the features otherwise.
     """
 
     def __init__(
@@ -127,6 +137,7 @@ class Stochastic:
         near: bool,
         hurried: bool = True,
         phase: str = "stochastic",
+        held: Tensor | None = None,
     ) -> None:
         objective = start.objective
         self._start, self._objective = start, objective
@@ -144,11 +155,17 @@ class Stochastic:
         self._inputs = ScaledInputs(objective, power)
         self._scaled = [self._inputs.batch(batch) for batch in self._batches]
         self._theta = self._inputs.enter(self._start.theta)
-        self._readout = RunningReadout(objective, self._start.readout.clone())
+        self._readout = (
+            RunningReadout(objective, self._start.readout.clone())
+            if held is None
+            else HeldReadout(held)
+        )
         blocks = objective.layout.blocks
         fitted = blocks[: len(blocks) - objective.layout.held]
-        rates = step_rates(fitted, near=values_move and near)
-        self._steepest = Steepest(self._inputs, self._start.theta, blocks, rates)
+        rates, momentum = step_rates(fitted, near=values_move and near), MOMENTUM
+        if held is not None:
+            rates, momentum = held_rates(fitted), HELD_MOMENTUM
+        self._steepest = Steepest(self._inputs, self._start.theta, blocks, rates, momentum)
         self._steps, self._rows, self._began = 0, 0, time.perf_counter()
         passed = len(self._batches)
         if self._sampled:
@@ -165,16 +182,15 @@ class Stochastic:
         end = over_all_rows(self._start) if status is Status.DIVERGED else self._end()
         return Outcome(end, status)
 
-    def lead(self) -> tuple[Status, Tensor, Tensor]:
+    def lead(self) -> tuple[Status, Tensor]:
         """Runs until a bound is met; no time is set aside for an end, and none is made.
 
         Returns:
-            The status, ``theta`` where the steps led, whatever its loss, and the readout of the
-            last mini-batches.
+            The status, and ``theta`` where the steps led, whatever its loss.
         """
         self._reserve = 0.0
         status = self._until_bound()
-        return status, self._inputs.leave(self._theta), self._readout.value
+        return status, self._inputs.leave(self._theta)
 
     def _until_bound(self) -> Status:
         """Epochs until a bound is met."""
