@@ -46,15 +46,17 @@ class Ours:
             over = recorder.clock.seconds() >= recorder.max_seconds
             return over or record.loss <= recorder.target
 
+        data = problem.attention()
+        left = recorder.max_seconds - recorder.clock.seconds()
         result = attnreg.fit(
-            problem.attention(),
+            data,
             problem.model,
             solver="auto",
             init=start,
             starts=self.starts,
             tol=self.tol,
             max_iterations=UNLIMITED,
-            max_seconds=recorder.max_seconds * (1 if Clock.timer is time.perf_counter else 2),
+            max_seconds=max(left, 1e-3) * (1 if Clock.timer is time.perf_counter else 2),
             callback=callback,
         )
         trace.note = _kept(result, trace)
@@ -99,13 +101,14 @@ class Validated:
         import attnreg
 
         assert problem.model is not None
+        data, judging = problem.attention(), self.judging.attention()
         result = attnreg.fit_validated(
-            problem.attention(),
-            self.judging.attention(),
+            data,
+            judging,
             problem.model,
             init=start,
             max_iterations=UNLIMITED,
-            max_seconds=recorder.max_seconds,
+            max_seconds=max(recorder.max_seconds - recorder.clock.seconds(), 1e-3),
         )
         return _kept(result, recorder.trace)
 

@@ -53,7 +53,7 @@ from attnreg.solvers.stochastic import CLEARLY, Stochastic, steps_of_iteration
 SHARE = 0.25
 """Of the time, or of the iterations, for the layer with more heads."""
 
-FEWEST_STEPS, MOST_STEPS = 150, 300
+FEWEST_STEPS, MOST_STEPS = 120, 300
 """Steps of the layer with more heads, rounded up to epochs: with fewer the heads that it finds are
 still much like the copies they began as, and after more their groups change little."""
 
