@@ -75,8 +75,8 @@ class IterationRecord:
             path's beginning; the loss may rise), ``"best"`` (back to the best point left), or
             the curvature of the step: ``"gauss-newton"`` or ``"newton"``; ``"stochastic"`` is an
             epoch of mini-batches, its loss and gradient those that its steps saw, and ``"lifted"``
-            one of a layer with a key/value head for every query head, its loss that layer's: the
-            model's, which begins with another ``"start"``, may be far above.
+            one of a layer with a key/value head for every query head, its loss that layer's with
+            the readout given: the model's, which begins with another ``"start"``, may be far above.
         accepted: Whether the step was taken.
         operations: Floating-point operations since the fit began, by kind (see
             :mod:`attnreg.operations`); empty in files of older versions.
