@@ -41,6 +41,8 @@ class Ours:
         trace = recorder.trace
 
         def callback(record: IterationRecord) -> bool:
+            if record.phase == "lifted":  # the loss is that of another layer
+                return recorder.clock.seconds() >= recorder.max_seconds
             trace.seconds.append(recorder.clock.seconds())
             trace.losses.append(record.loss)
             over = recorder.clock.seconds() >= recorder.max_seconds

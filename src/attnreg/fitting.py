@@ -74,7 +74,7 @@ def fit(
             goes on from there; and ``"trust-region"`` for all else. A start with a readout that
             explains less than a tenth of ``B``'s spread is led through the layer with as many
             key/value heads as query heads, which shows those that may share one, where that has 40
-            residuals a parameter and room for 120 steps (no ridges, no norms, two key/value heads
+            residuals a parameter and room for 130 steps (no ridges, no norms, two key/value heads
             at least): the heads of the result are in another order than those of ``init``.
             A note of the result says which and why, and the history's phases show it.
         init: Named parameters to start from, or a result to continue. A start whose readout
@@ -110,7 +110,6 @@ def fit(
             is not for this problem.
     """
     began = time.perf_counter()
-    digest = problem.digest()  # of all data: now, since at the end it would come after the bound
     model = Bilinear() if model is None else model
     automatic = solver == "auto"
     check_bounds(tol, max_iterations, max_seconds)
@@ -135,6 +134,7 @@ def fit(
         init = init.parameters
     template = model.start(problem, seed) if init is None else dict(init)
     theta, readout = model.split(problem, template)
+    digest = problem.digest()  # of all data: now, since at the end it would come after the bound
     reasons: tuple[str, ...] = ()
     if automatic:
         solver, reason = chosen(problem, model, theta.numel() + readout.numel())

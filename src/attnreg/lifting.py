@@ -53,9 +53,10 @@ from attnreg.solvers.stochastic import CLEARLY, Stochastic, steps_of_iteration
 SHARE = 0.25
 """Of the time, or of the iterations, for the layer with more heads."""
 
-FEWEST_STEPS, MOST_STEPS = 120, 300
-"""Steps of the layer with more heads, rounded up to epochs: with fewer the heads that it finds are
-still much like the copies they began as, and after more their groups change little."""
+FEWEST_STEPS, MOST_STEPS = 130, 300
+"""Steps of the layer with more heads, rounded up to epochs: after more its groups change little.
+Where there is no room for the fewest it is not tried: in a shorter fit what is left of the time
+after it, and after the fits of pairs, is worth more before."""
 
 UNEXPLAINED, CHECKED_ROWS = 0.25, 2048
 """Share of the targets' spread that heads of use leave at most, and rows on which that is seen."""
@@ -63,8 +64,8 @@ UNEXPLAINED, CHECKED_ROWS = 0.25, 2048
 PAIRS_SHARE = 0.08
 """Of the time for the steps of the fits of pairs, at most."""
 
-GRADIENTS = 1.5
-"""Gradients of a mini-batch in the time of a step."""
+GRADIENTS = 1.25
+"""Gradients of a mini-batch in the time of a step with a held readout."""
 
 POOLED_ROWS = 4096
 """Of the sequences of which heads are pooled, about."""
@@ -137,6 +138,7 @@ def lifted(
         counted_on(observe, records),
         began,
         near=False,
+        hurried=False,
         phase="lifted",
         held=readout,
     )
@@ -148,14 +150,15 @@ def lifted(
         return Lift(begin, False, f"{heads} was cut short", status)
     if status in (Status.CONVERGED, Status.DIVERGED):
         return Lift(begin, False, f"{heads} was no help: {_WHY[status]}", None)
-    end = Pooled(more, spread(begin.batches, CHECKED_ROWS), theta)
-    if not end.loss_at(readout) <= UNEXPLAINED * more.target_norm_squared:
+    checked = Pooled(more, spread(begin.batches, CHECKED_ROWS), theta)
+    if not checked.loss_at(readout) <= UNEXPLAINED * more.target_norm_squared:
         return Lift(begin, False, f"{heads} was no help: it explains little", None)
     found = wide.join(problem, theta, readout, copied)
     limit = settings.max_seconds
     bound = None if limit is None else PAIRS_SHARE * limit
     try:
-        lost = pair_losses(sample(problem, ROWS), wide, found, model, max_seconds=bound)
+        some = sample(problem, ROWS)
+        lost = pair_losses(some, wide, found, model, max_seconds=bound, hurried=True)
     except torch.linalg.LinAlgError:
         return Lift(begin, False, f"{heads} was no help: a fit of two heads has no readout", None)
     members = clusters(lost.cpu(), groups)

@@ -117,7 +117,7 @@ def test_pairs_that_are_fitted_in_parts_have_the_same_losses(monkeypatch):
     together, moved = (sharing_losses(*given, steps=steps) for steps in (0, 5))
     monkeypatch.setattr(sharing, "COLUMNS", 13)  # two pairs of two heads of 3 at once
     torch.testing.assert_close(sharing_losses(*given, steps=0), together, rtol=1e-12, atol=0.0)
-    # The length of a step is a share of the size of all heads at once.
+    # The length of a step is a share of the size of all heads at once, and five are long ones.
     torch.testing.assert_close(sharing_losses(*given, steps=5), moved, rtol=3e-2, atol=0.0)
 
 
@@ -130,15 +130,16 @@ def test_steps_lower_the_losses(kind):
 
 def test_a_bound_on_the_time_takes_no_steps_where_it_is_short():
     given = case()
-    found = sharing_losses(*given, max_seconds=1e-9)
+    found = sharing_losses(*given, max_seconds=1e-9, hurried=True)
     torch.testing.assert_close(found, sharing_losses(*given, steps=0), rtol=1e-12, atol=0.0)
 
 
+@pytest.mark.parametrize("bound", [None, 30.0, 0.05])
 @pytest.mark.parametrize("kind", KINDS)
-def test_duplicates_lose_nothing_and_share_a_head(kind):
+def test_duplicates_lose_nothing_and_share_a_head(kind, bound):
     problem, teacher, weights = duplicates(kind)
     student = layer(8, 2, 4, 3, kind)
-    losses = pair_losses(problem, teacher, weights, student)
+    losses = pair_losses(problem, teacher, weights, student, max_seconds=bound)
     assert clusters(losses, 2) == [(0, 2), (1, 3)]
     others = [float(losses[a, b]) for a, b in PAIRS if (a, b) not in ((0, 2), (1, 3))]
     # Their start is exact; END_DAMPING leaves 1e-9 of the targets.
@@ -204,6 +205,33 @@ def test_the_time_bounds_the_steps(monkeypatch):
     # Few for STEPS: each is as long as they may be.
     warm = [sharing.FASTEST * min(1.0, (step + 1) / sharing.WARM_UP) for step in range(7)]
     assert rates == pytest.approx([a * b for a, b in zip(left, warm, strict=True)])
+
+
+def test_few_steps_are_longer(monkeypatch):
+    fits, rates = PairFits(*case()), []
+    monkeypatch.setattr(fits._steepest, "move", lambda theta, g, rate: rates.append(rate))
+    fits.run(36)
+    left = [1 - step / 36 for step in range(36)]
+    warm = [min(1.0, (step + 1) / sharing.WARM_UP) for step in range(36)]
+    longer = [sharing.FASTER * (sharing.STEPS / 36 if step else 1.0) ** 0.5 for step in range(36)]
+    assert rates == pytest.approx([a * b * c for a, b, c in zip(left, warm, longer, strict=True)])
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_losses_in_single_precision_are_those_in_double(offset):
+    """Inputs with a common offset have features that are nearly one: their sums are float64."""
+    teacher, student = layer(4, 4, 4, 3), layer(4, 2, 4, 3)
+    weights = random_weights(teacher)
+    A1 = [a * torch.logspace(0, -1, a.shape[1]).double() + offset for a in inputs()]
+    targets = [normal(len(a), 9, seed=7) for a in A1]
+    problem = AttentionProblem(A1, targets)
+    single = AttentionProblem([a.float() for a in A1], [b.float() for b in targets])
+    given = {name: w.float() for name, w in weights.items()}
+    no_steps = {"max_seconds": 0.0, "hurried": True}
+    expected = pair_losses(problem, teacher, weights, student, **no_steps)
+    found = pair_losses(single, teacher, given, student, **no_steps)
+    # Rounding of the inputs by 6e-8 of an offset of 30 is 2e-6 of what varies.
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6 * float(expected.max()))
 
 
 def test_widths_that_follow_from_the_inputs_are_kept_when_those_are_cut():

@@ -46,8 +46,9 @@ tells them apart, where the rows of a sequence are alike."""
 
 STEPS = 100
 FASTER, FASTEST = 4.0, 8.0
-"""Times the rate of a fit: what is wanted is the order of the losses, not the last of each. Of
-fewer than :data:`STEPS` steps each is longer by the root of that."""
+"""Times the rate of a fit: what is wanted is the order of the losses, not the last of each. Where
+there is time for fewer than :data:`STEPS` steps, ``sqrt(STEPS / steps)`` times more, up to the
+second."""
 
 MOMENTUM, WARM_UP = 0.8, 5
 """Less momentum and fewer steps of warm-up than a fit has: there is no time for more."""
@@ -73,6 +74,7 @@ def pair_losses(
     student: MultiHead,
     *,
     max_seconds: float | None = None,
+    hurried: bool = False,
 ) -> Tensor:
     """What every two key/value heads lose where they share one, after short fits.
 
@@ -82,6 +84,7 @@ def pair_losses(
         weights: Its weights.
         student: Description of the layer wanted; how many heads it has does not matter.
         max_seconds: Bound on the time of the fits.
+        hurried: As in :func:`sharing_losses`.
 
     Returns:
         ``(kv_heads, kv_heads)`` of the original, 0 on the diagonal, float64.
@@ -102,7 +105,9 @@ def pair_losses(
     begun = model, group_weights(Reduction(problem, teacher, weights, model), groups)
     members = [group.heads for group in groups]
     original = teacher, weights
-    losses = sharing_losses(problem, original, begun, members, max_seconds=max_seconds)
+    losses = sharing_losses(
+        problem, original, begun, members, max_seconds=max_seconds, hurried=hurried
+    )
     result = losses.new_zeros(kv_heads, kv_heads)
     for (a, b), loss in zip(pairs, losses, strict=True):
         result[a, b] = result[b, a] = loss
@@ -162,10 +167,9 @@ def sharing_losses(
     *,
     steps: int = STEPS,
     max_seconds: float | None = None,
+    hurried: bool = False,
 ) -> Tensor:
     """The loss of each pair after a short fit, or of its start where that is lower.
-
-    With a bound on the time the start's is not looked at: it costs about as much as ten steps.
 
     Args:
         problem: The inputs.
@@ -175,6 +179,8 @@ def sharing_losses(
         steps: Of each fit.
         max_seconds: Bound on the time of all steps; with fewer steps losses are less like those of
             a fit.
+        hurried: Whether the starts are not looked at, which takes as long as ten steps: pairs that
+            lose nothing at their start have a loss then.
 
     Returns:
         The sum of squares that each pair leaves, float64.
@@ -188,13 +194,10 @@ def sharing_losses(
     for chosen in parts:
         part = _part(model, weights, count, chosen)
         fits = PairFits(problem, original, part, members[chosen.start : chosen.stop])
-        if max_seconds is None:
-            before = fits.losses()
-            fits.run(steps)
-            losses.append(torch.minimum(before, fits.losses()))
-        else:
-            fits.run(steps, max_seconds / len(parts))
-            losses.append(fits.losses())
+        before = None if hurried else fits.losses()
+        fits.run(steps, math.inf if max_seconds is None else max_seconds / len(parts))
+        after = fits.losses()
+        losses.append(after if before is None else torch.minimum(before, after))
     return torch.cat(losses)
 
 
@@ -256,6 +259,8 @@ class PairFits:
             steps: How many at most.
             max_seconds: Bound on their time.
         """
+        if max_seconds <= 0.0:
+            return
         began = time.perf_counter()
         generator = torch.Generator().manual_seed(0)
         order: list[int] = []
@@ -308,12 +313,12 @@ class PairFits:
         for batch in self._batches:
             batch = batch.every(stride(batch.B.shape[1]), 0)
             features = features_of(self._objective, batch, self.theta, products=False)
-            own, targets = self._sides(features, batch)
-            weights = batch.weights.reshape(-1, 1)
+            own, targets = (side.double() for side in self._sides(features, batch))
+            weights = batch.weights.double().reshape(-1, 1)
             weighted = own * weights
-            gram = gram + (weighted.mT @ own).double()
-            right = right + (weighted.mT @ targets).double()
-            square = square + (weights * targets.square()).sum((1, 2)).double()
+            gram = gram + weighted.mT @ own
+            right = right + weighted.mT @ targets
+            square = square + (weights * targets.square()).sum((1, 2))
         readout = _solved(gram, right, END_DAMPING)
         explained = readout * (2.0 * right - gram @ readout)
         return (square - explained.sum((1, 2))).clamp_min(0.0)

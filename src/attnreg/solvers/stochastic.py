@@ -10,6 +10,9 @@ at a readout that is solved all along::
     step      polar factors of (1 - MOMENTUM) g + MOMENTUM M, head by head, in coordinates
               scaled by the inputs' second moment    (:mod:`.steepest`)
 
+On the way to a start (:mod:`attnreg.lifting`) the readout is held instead, with :data:`HELD` times
+the rate and less momentum.
+
 The inputs in scaled coordinates are made once and kept, which takes their memory a second time. At
 both ends the readout is exact: at the start over a sample of the rows, or over all where that is
 known, at the end over all. The time of the end is set aside from a bound on the seconds, estimated
