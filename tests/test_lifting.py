@@ -111,9 +111,8 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("kind", "dtype"), list(zip(KINDS, (torch.float32, torch.float64, torch.float32), strict=True))
-)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_layers_of_every_kind(monkeypatch, kind, dtype):
     monkeypatch.setattr(minibatches, "EXPLAINED", 0.9)  # random heads are alike on average
     ragged, options = KINDS[kind]

@@ -38,17 +38,17 @@ from attnreg.reduction.pooled_layer import Reduction, group_weights, whole_group
 from attnreg.solvers.minibatches import features_of, minibatches, stride
 from attnreg.solvers.running_readout import window_rows
 from attnreg.solvers.steepest import ScaledInputs, Steepest
-from attnreg.solvers.stochastic import step_rates
+from attnreg.solvers.stochastic import lengthened, step_rates, warmed_up
 
 ROWS = 16384
 """Of the sequences that a caller should give, about. Of a quarter of them pairs learn by heart what
 tells them apart, where the rows of a sequence are alike."""
 
 STEPS = 100
-FASTER, FASTEST = 4.0, 8.0
+FASTER, LONGEST = 4.0, 2.0
 """Times the rate of a fit: what is wanted is the order of the losses, not the last of each. Where
-there is time for fewer than :data:`STEPS` steps, ``sqrt(STEPS / steps)`` times more, up to the
-second."""
+there is time for fewer than :data:`STEPS` steps, ``sqrt(STEPS / steps)`` times that, the second at
+most."""
 
 MOMENTUM, WARM_UP = 0.8, 5
 """Less momentum and fewer steps of warm-up than a fit has: there is no time for more."""
@@ -272,10 +272,10 @@ class PairFits:
             batch = self._batches[order.pop()]
             every = stride(batch.B.shape[1])
             first = int(torch.randint(every, (), generator=generator))
-            rate = (1.0 - done) * min(1.0, (step + 1) / WARM_UP)
+            rate = (1.0 - done) * warmed_up(step, WARM_UP)
             gradient = self.gradient(batch.every(every, first), rate)
-            faster = FASTER * max(1.0, STEPS * done / max(1, step)) ** 0.5  # step / done is all
-            self._steepest.move(self.theta, gradient, rate * min(faster, FASTEST))
+            faster = FASTER * lengthened(step, done, STEPS, LONGEST)
+            self._steepest.move(self.theta, gradient, rate * faster)
 
     def gradient(self, batch: Batch, rate: float) -> Tensor:
         """The gradient of all losses on a mini-batch, at the readouts of the last ones.

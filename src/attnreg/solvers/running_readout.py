@@ -33,26 +33,6 @@ def window_rows(columns: int, rate: float) -> float:
     return WINDOW * columns / max(rate, 1 / LONGEST)
 
 
-class HeldReadout:
-    """A readout that stays as it is.
-
-    Args:
-        readout: The readout.
-    """
-
-    def __init__(self, readout: Tensor) -> None:
-        self.value = readout
-
-    def add(self, columns: Tensor, batch: Batch, rate: float) -> None:
-        """Takes a mini-batch in, which changes nothing.
-
-        Args:
-            columns: As in :meth:`RunningReadout.add`, as are the others.
-            batch: The mini-batch.
-            rate: Share of the full rate.
-        """
-
-
 class RunningReadout:
     """The readout that suits the last mini-batches.
 

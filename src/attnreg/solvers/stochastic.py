@@ -55,7 +55,7 @@ from attnreg.solvers.minibatches import (
     stride,
 )
 from attnreg.solvers.run import Outcome, Run, Settings, relative_gradient_norm
-from attnreg.solvers.running_readout import HeldReadout, RunningReadout
+from attnreg.solvers.running_readout import RunningReadout
 from attnreg.solvers.steepest import MOMENTUM, SCALED, ScaledInputs, Steepest, scaled_power
 
 RATE = 0.015
@@ -99,9 +99,24 @@ def held_rates(blocks: Sequence[ParameterBlock]) -> list[float]:
     return [HELD * RATE * (HELD_QUERIES if block.name == "query" else 1.0) for block in blocks]
 
 
-def warmed_up(steps: int) -> float:
+def warmed_up(steps: int, over: int = WARM_UP) -> float:
     """Share of the rate that the next step has after so many, for the warm-up alone."""
-    return min(1.0, (steps + 1) / WARM_UP)
+    return min(1.0, (steps + 1) / over)
+
+
+def lengthened(steps: int, done: float, enough: int, most: float) -> float:
+    """Times the rate in a run that will have fewer steps than are enough.
+
+    Args:
+        steps: Taken so far.
+        done: Share of the run that they are.
+        enough: Steps of a run that needs no longer ones.
+        most: A bound.
+
+    Returns:
+        ``sqrt(enough / all)`` from the second step on, where the number of all can be told.
+    """
+    return min(max(1.0, enough * done / steps) ** 0.5, most) if steps else 1.0
 
 
 @dataclass(frozen=True)
@@ -158,15 +173,13 @@ class Stochastic:
         self._inputs = ScaledInputs(objective, power)
         self._scaled = [self._inputs.batch(batch) for batch in self._batches]
         self._theta = self._inputs.enter(self._start.theta)
-        self._readout = (
-            RunningReadout(objective, self._start.readout.clone())
-            if held is None
-            else HeldReadout(held)
-        )
+        self._held = held is not None
+        readout = self._start.readout.clone() if held is None else held
+        self._readout = RunningReadout(objective, readout)
         blocks = objective.layout.blocks
         fitted = blocks[: len(blocks) - objective.layout.held]
         rates, momentum = step_rates(fitted, near=values_move and near), MOMENTUM
-        if held is not None:
+        if self._held:
             rates, momentum = held_rates(fitted), HELD_MOMENTUM
         self._steepest = Steepest(self._inputs, self._start.theta, blocks, rates, momentum)
         self._steps, self._rows, self._began = 0, 0, time.perf_counter()
@@ -273,7 +286,8 @@ class Stochastic:
         """
         objective, factor = self._objective, self._factor()
         features = features_of(objective, batch, self._theta)
-        self._readout.add(features.columns, batch, factor)
+        if not self._held:
+            self._readout.add(features.columns, batch, factor)
         readout = self._readout.value
         gradient, loss = partial_gradient(objective, batch, features, readout)
         self._add_ridge(gradient, batch)
@@ -289,10 +303,9 @@ class Stochastic:
 
     def _faster(self) -> float:
         """Times the rate: above 1 in a short run from a start that is not near."""
-        if not (self._hurried and self._steps):
+        if not self._hurried:
             return 1.0
-        faster = (SHORT * self._done() / self._steps) ** 0.5  # steps / done will be all
-        return min(max(1.0, faster), FASTEST)
+        return lengthened(self._steps, self._done(), SHORT, FASTEST)
 
     def _done(self) -> float:
         """Share of the run, by the nearer bound."""
