@@ -13,6 +13,7 @@ from attnreg.early_stopping import FIRST_STEPS, LONGER, Bounds, fit_validated, h
 from attnreg.judging import RIDGES, Candidate, Judge
 from attnreg.objective import Objective, Point
 from attnreg.records import Status
+from attnreg.reduction.sampling import sample_for_moments
 from attnreg.result import relative_error
 from attnreg.solvers.minibatches import Pooled, minibatches
 
@@ -47,7 +48,7 @@ def few_and_others(noise=1.5, away=0.3, sequences=26):
 
 def chosen(problem, start, validation, iterations=60, seconds=None, observe=None, **options):
     return held_out_fit(
-        Objective(problem, MODEL),
+        Objective(problem, MODEL, sample_for_moments(problem)),
         start,
         validation,
         bounds=Bounds(iterations, seconds),

@@ -287,6 +287,23 @@ def test_a_held_readout_stays():
     assert seen[-1].loss < seen[1].loss
 
 
+@pytest.mark.parametrize(("taken", "share"), [(0.1, 0.25), (0.3, 0.3), (0.4, 0.35), (0.5, None)])
+def test_the_larger_layer_has_the_time_of_useful_steps_within_bounds(monkeypatch, taken, share):
+    """``taken`` is the share of the time that the useful steps would need."""
+    monkeypatch.setattr(lifting, "FEWEST_STEPS", 110)
+    pace = taken * 60.0 / (lifting.USEFUL_STEPS * lifting.GRADIENTS)
+    monkeypatch.setattr(lifting, "_seconds_of_gradient", lambda *_: pace)
+    problem, start = layer()
+    theta, readout = STUDENT.split(problem, start)
+    settings = lifting.Settings(1e-8, 10**6, 60.0, WARM, None)
+    began = lifting.time.perf_counter()
+    bounds = lifting._bounds(Objective(problem, STUDENT), theta, readout, settings, began)
+    assert (bounds is None) == (share is None)
+    if bounds is not None:
+        assert bounds.max_seconds == pytest.approx(60.0 * share, abs=1.0)
+        assert bounds.max_iterations * 12 >= lifting.MOST_STEPS  # epochs of 12 steps
+
+
 def test_what_is_lifted(monkeypatch):
     def begins(problem, start, *rest, **options):
         result = fitted(problem, start, *rest, callback=lambda one: one.iteration == 1, **options)
@@ -297,7 +314,7 @@ def test_what_is_lifted(monkeypatch):
     assert begins(problem, start, max_seconds=60.0) == "lifted"
     monkeypatch.setattr(lifting, "_seconds_of_gradient", lambda *_: pace)
     for pace, phase in ((0.9, "lifted"), (1.1, "stochastic")):  # of what would just do
-        pace *= lifting.SHARE * 60.0 / (FEWEST * lifting.GRADIENTS)
+        pace *= lifting.MOST_SHARE * 60.0 / (FEWEST * lifting.GRADIENTS)
         assert begins(problem, start, max_seconds=60.0) == phase
     assert begins(problem, start, solver="stochastic") == "stochastic"
     assert begins(problem, start, iterations=50) == "stochastic"  # under 150 steps

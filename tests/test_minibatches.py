@@ -128,3 +128,71 @@ def test_minibatches_hold_every_sequence_once():
         assert part.B.shape[0] == len(part.index) == len(part.lengths)
         assert part.A2 is part.A1
     assert max(part.B.shape[0] * part.B.shape[1] for part in parts) <= 2 * minibatches.BATCH_ROWS
+
+
+def in_single(problem, start):
+    """The same data and start in float32."""
+    inputs, targets, weights = (
+        [one.float() for one in given]
+        for given in (problem._sequences.A1, problem._sequences.B, problem._sequences.weights)
+    )
+    single = attnreg.AttentionProblem(inputs, targets, mask="causal", weights=weights)
+    return single, {name: value.float() for name, value in start.items()}
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_sums_in_single_precision_lead_to_the_same_readout_and_loss():
+    problem, start = in_single(*planted(noise=0.5))
+    objective, parts = Objective(problem, MODEL), cut(problem.batches)
+    theta, _ = MODEL.split(problem, start)
+    double, single = (Pooled(objective, parts, theta, single=one) for one in (False, True))
+    assert double.single_will_do
+    assert single.single_will_do
+    assert not torch.equal(double.readout, single.readout)
+    # Errors of the sums are some 6e-8. The readout's are those times the condition number, about
+    # 1e2 here; the loss's have that of ||B||_W^2 over it, and of the readout's the square.
+    torch.testing.assert_close(single.readout, double.readout, rtol=1e-4, atol=1e-5)
+    assert single.rank == double.rank
+    assert single.loss == pytest.approx(double.loss, rel=1e-5)
+    assert double.loss_at(single.readout) == pytest.approx(double.loss, rel=1e-9)
+
+
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize("why", ["a small loss", "features alike", "no loss", "matmuls", "float64"])
+def test_where_single_precision_would_not_do_sums_are_double(monkeypatch, why):
+    problem, start = planted(noise=0.0 if why == "a small loss" else 0.5)
+    if why == "a small loss":
+        truth = attnreg.fit(problem, MODEL, init=start, max_iterations=60).parameters
+        start = {name: value.clone() for name, value in truth.items()}
+    if why == "features alike":  # both heads see the same: the readout has null directions
+        start["W_Q"], start["b_Q"] = start["W_Q"] * 0.0, start["b_Q"] * 0.0
+    if why == "no loss":
+        problem = problem.replace(B=[0.0 * b for b in problem._sequences.B])
+    if why != "float64":
+        problem, start = in_single(problem, start)
+    if why == "matmuls":
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    objective = Objective(problem, MODEL)
+    theta, _ = MODEL.split(problem, start)
+    point = Pooled(objective, cut(problem.batches), theta)
+    assert point.single_will_do == (why == "no loss")  # a loss of 0 is told exactly
+
+    # A sample said that they would do, and the whole says that they have not.
+    monkeypatch.setattr(minibatches, "SAMPLE_ROWS", 60)
+    some = minibatches.sampled(objective, theta)
+    assert len(some.batches) < len(point.batches)
+    some.__dict__["single_will_do"] = True
+    whole = minibatches.over_all_rows(some)
+    assert whole.single == (why == "no loss")
+    torch.testing.assert_close(whole.readout, point.readout, rtol=0.0, atol=0.0)
+    assert whole.loss == point.loss
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_what_a_point_takes_is_told_by_the_median_of_its_mini_batches(monkeypatch):
+    problem, start = planted()
+    objective, parts = Objective(problem, MODEL), cut(problem.batches)[:5]
+    ticks = iter([0.0, 9.0, 9.1, 9.3, 9.6, 10.0])  # the first is slow
+    monkeypatch.setattr(minibatches.time, "perf_counter", lambda: next(ticks))
+    point = Pooled(objective, parts, MODEL.split(problem, start)[0])
+    assert point.seconds == pytest.approx(5 * 0.3, rel=1e-9)

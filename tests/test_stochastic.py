@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import attnreg
 from attnreg.objective import Objective, Point
 from attnreg.records import Status
+from attnreg.reduction import sampling
 from attnreg.solvers import choice, minibatches, rounds, steepest, stochastic
 from attnreg.solvers.minibatches import Pooled
 from attnreg.solvers.minibatches import minibatches as cut
@@ -36,7 +37,7 @@ def test_the_parts_of_the_gradient_add_up(monkeypatch, ridge):
     run = loop(problem, start)
     monkeypatch.setattr(run._steepest, "move", lambda theta, gradient, factor: None)
     monkeypatch.setattr(run._readout, "_solve", lambda damping: None)
-    found = [run._step(batch) for batch in run._scaled]
+    found = [run._step(batch) for batch in run.scaled.batches]
     assert len(found) > 4
     point = Point(run._objective, run._objective.features(run._start.theta))
     size = float(point.gradient.norm())
@@ -72,9 +73,10 @@ def test_scaled_inputs_do_not_outlive_the_run(monkeypatch):
     kept = []
 
     class Seen(stochastic.ScaledInputs):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            kept.append(weakref.ref(self))
+        def batch(self, batch):
+            scaled = super().batch(batch)
+            kept.append(weakref.ref(scaled.A1))
+            return scaled
 
     class After(rounds.TrustRegion):
         def __init__(self, *arguments):
@@ -88,8 +90,7 @@ def test_scaled_inputs_do_not_outlive_the_run(monkeypatch):
     result = attnreg.fit(problem, MODEL, solver="auto", init=start, max_iterations=200)
     assert result.solver == "trust-region"
     assert result.history[-1].phase != "stochastic"
-    begun = sum(record.phase == "start" for record in result.history)
-    assert len(kept) == begun - 1 >= 1  # one for each round, none for the trust region
+    assert len(kept) == len(cut(problem.batches))  # of one copy, however many rounds there were
 
 
 @pytest.mark.usefixtures("small_batches")
@@ -264,9 +265,92 @@ def test_a_short_run_with_far_to_go_has_a_higher_rate(monkeypatch, near, shorter
     assert followed._faster() == 1.0  # another run goes on from its end
     moved = []
     monkeypatch.setattr(run._steepest, "move", lambda theta, gradient, rate: moved.append(rate))
-    run._step(run._scaled[0])
+    run._step(run.scaled.batches[0])
     run._steps = steps - 1
     assert moved == [pytest.approx(run._factor() * run._faster(), rel=1e-12)]
+
+
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize(("enough", "times"), [(0.0, 1.4), (math.inf, 1.0)])
+def test_a_short_run_from_a_near_start_has_a_higher_rate_with_enough_data(
+    monkeypatch, enough, times
+):
+    monkeypatch.setattr(stochastic, "ENOUGH", enough)
+    problem, start = planted()
+    run = loop(problem, start, iterations=10, near=True)
+    run._steps = 10 * stochastic.steps_of_iteration(cut(problem.batches)) - 1
+    assert run._steps < stochastic.SHORT_NEAR / 2
+    assert run._faster() == pytest.approx(times, rel=1e-12)
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_runs_on_the_same_data_share_scaled_inputs():
+    problem, start = planted()
+    first = loop(problem, start)
+    second = loop(problem, start, scaled=first.scaled)
+    assert second.scaled is first.scaled
+    gradients = [run._step(run.scaled.batches[0])[0] for run in (first, second)]
+    assert torch.equal(*gradients)
+    assert bool(gradients[0].any())
+    # With other powers they are not the same coordinates.
+    near = loop(problem, start, near=True, scaled=first.scaled)
+    assert near._inputs.power != first._inputs.power
+    assert near.scaled is not first.scaled
+    # Another model on the same inputs has the same coordinates, and blocks of its own.
+    wide = attnreg.MultiHead(heads=2, kv_heads=2, head_dim=3, bias=True)
+    theta, _ = wide.split(problem, wide.start(problem, 0))
+    objective = Objective(problem, wide)
+    inputs = first.scaled.inputs.under(objective)
+    anew = stochastic.ScaledInputs(objective, inputs.power)
+    torch.testing.assert_close(inputs.enter(theta), anew.enter(theta), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(inputs.leave(inputs.enter(theta)), theta, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize("solver", ["stochastic", "auto"])
+def test_moments_of_some_sequences_scale_the_inputs_and_curvature_has_those_of_all(
+    monkeypatch, solver
+):
+    monkeypatch.setattr(sampling, "MOMENT_ROWS", 10)
+    problem, start = planted(lengths=(12,) * 48)
+    some = sampling.sample_for_moments(problem)
+    assert some.n_rows < problem.n_rows
+    seen = []
+
+    class Seen(stochastic.ScaledInputs):
+        def __init__(self, objective, *arguments):
+            super().__init__(objective, *arguments)
+            seen.append(objective.left[0].matrix)
+
+    class After(rounds.TrustRegion):
+        def __init__(self, objective, *arguments):
+            super().__init__(objective, *arguments)
+            seen.append(objective.left[0].matrix)
+
+    monkeypatch.setattr(stochastic, "ScaledInputs", Seen)
+    monkeypatch.setattr(rounds, "TrustRegion", After)
+    result = attnreg.fit(problem, MODEL, solver=solver, init=start, max_iterations=200)
+    expected = [MODEL.input_moments(some)[0]]
+    expected += [MODEL.input_moments(problem)[0]] if result.solver == "trust-region" else []
+    assert len(expected) == (2 if solver == "auto" else 1)
+    for found, moment in zip(seen, expected, strict=True):
+        torch.testing.assert_close(found, moment, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_a_note_says_of_how_many_rows_a_null_direction_is_known(monkeypatch):
+    problem, start = planted(lengths=(12,) * 48)
+    problem = problem.replace(
+        A1=[a @ torch.diag(torch.tensor([1.0] * 5 + [0.0]).double()) for a in problem._sequences.A1]
+    )
+    assert sampling.sample_for_moments(problem).n_rows < problem.n_rows
+    monkeypatch.setattr(sampling, "MOMENT_ROWS", 1000)
+    whole = attnreg.fit(problem, MODEL, solver="stochastic", init=start, max_iterations=2)
+    assert "1 of 7 input directions of query carry no data: the parameters" in whole.notes[0]
+    monkeypatch.setattr(sampling, "MOMENT_ROWS", 10)
+    some = attnreg.fit(problem, MODEL, solver="stochastic", init=start, max_iterations=2)
+    rows = sampling.sample_for_moments(problem).n_rows
+    assert f"1 of 7 input directions of query carry no data in {rows} of 576 rows" in some.notes[0]
 
 
 @pytest.mark.usefixtures("small_batches")
@@ -366,7 +450,7 @@ def test_a_step_reads_one_number_back(start_is):
     if start_is == "zero":
         start = {name: torch.zeros_like(value) for name, value in start.items()}
     run = loop(problem, start, iterations=2)
-    for batch in run._scaled:
+    for batch in run.scaled.batches:
         with _NumbersRead() as read:
             run._step(batch)
         assert read.count == 1  # the loss: without it the clock would run ahead of the work

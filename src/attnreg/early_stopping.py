@@ -34,6 +34,7 @@ from attnreg.objective import Objective
 from attnreg.problem import AttentionProblem
 from attnreg.progress import ProgressDisplay
 from attnreg.records import Callback, IterationRecord, Status
+from attnreg.reduction.sampling import sample_for_moments
 from attnreg.result import FitResult
 from attnreg.solvers.minibatches import Pooled, minibatches, sampled
 from attnreg.solvers.run import Settings, counted_on, relative_gradient_norm
@@ -139,7 +140,7 @@ def fit_validated(
     if init is None:
         init = model.start(problem, seed)
     start = init.parameters if isinstance(init, FitResult) else dict(init)
-    objective = Objective(problem, model)
+    objective = Objective(problem, model, sample_for_moments(problem))
     history: list[IterationRecord] = []
     with ProgressDisplay(problem, TOL, max_seconds, enabled=progress) as display:
         found = held_out_fit(

@@ -17,6 +17,7 @@ from attnreg.objective import Iterate, Objective
 from attnreg.problem import AttentionProblem
 from attnreg.progress import ProgressDisplay
 from attnreg.records import Callback, IterationRecord, Status
+from attnreg.reduction.sampling import sample_for_moments
 from attnreg.result import FitResult
 from attnreg.solvers.approximate_newton import MAX_DENSE_SIZE, ApproximateNewton
 from attnreg.solvers.choice import chosen
@@ -64,7 +65,8 @@ def fit(
             for data with many residuals a parameter (an iteration is an epoch, of little data
             several; the start is ``init``'s, and queries and keys move more slowly where that
             explains a tenth of ``B``'s spread; the rate falls to zero at the bound, so set
-            one);
+            one; gradients, and the moments that their norm is measured in, are of some of the
+            rows);
             ``"newton-sketch"``, the paper's algorithm with sampled query rows; ``"newton-cg"``,
             the same by conjugate gradients in the natural metric. The last two are for
             :class:`Bilinear` with both ridges, and descend from the start with constant forcing:
@@ -74,7 +76,7 @@ def fit(
             goes on from there; and ``"trust-region"`` for all else. A start with a readout that
             explains less than a tenth of ``B``'s spread is led through the layer with as many
             key/value heads as query heads, which shows those that may share one, where that has 40
-            residuals a parameter and room for 130 steps (no ridges, no norms, two key/value heads
+            residuals a parameter and room for 110 steps (no ridges, no norms, two key/value heads
             at least): the heads of the result are in another order than those of ``init``.
             A note of the result says which and why, and the history's phases show it.
         init: Named parameters to start from, or a result to continue. A start whose readout
@@ -145,7 +147,8 @@ def fit(
     confirm = None if certifier is None else certifier.confirms
     with ProgressDisplay(problem, bound, max_seconds, enabled=progress) as display:
         observe = display.observer(history, callback)
-        objective = Objective(problem, model)
+        measured = sample_for_moments(problem) if solver == "stochastic" else problem
+        objective = Objective(problem, model, measured)
         generator = torch.Generator().manual_seed(seed)
         stages = stages_for(readout) if solver == "trust-region" else WARM
         settings = Settings(bound, max_iterations, max_seconds, stages, confirm)
@@ -172,7 +175,7 @@ def fit(
             source = generator if solver == "newton-sketch" else None
             loop = ApproximateNewton(objective, theta, settings, observe, began, source)
             outcome = loop.run()
-        status, notes, certificate = outcome.status, reasons + _notes(objective, outcome), None
+        status, notes, certificate = outcome.status, reasons + _notes(outcome), None
         if found is not None and found.ended and status is Status.MAX_ITERATIONS:
             status = found.ended
         if certifier is not None and status not in CUT_SHORT:
@@ -224,22 +227,22 @@ def _mini_batches(
     """
     reasons: tuple[str, ...] = ()
     records: list[IterationRecord] = []
-    lift = None
+    lift, scaled = None, None
     try:
         if not near:
             lift = lifted(begin, template, settings, generator, observe, began, records)
         if lift is not None:
-            begin, near, reasons = lift.point, lift.near, (lift.note,)
+            begin, near, reasons, scaled = lift.point, lift.near, (lift.note,), lift.scaled
             if lift.status is not None:
                 return Outcome(over_all_rows(begin), lift.status), "stochastic", reasons
             observe = counted_on(observe, records)
             left = settings.max_iterations - records[-1].iteration
             settings = replace(settings, max_iterations=left)
         if settings.max_seconds is not None:
-            loop = Stochastic(begin, settings, generator, observe, began, near=near)
+            loop = Stochastic(begin, settings, generator, observe, began, near=near, scaled=scaled)
             return loop.run(), "stochastic", reasons
         outcome, switched = rounds_then_curvature(
-            begin, settings, generator, observe, began, near=near
+            begin, settings, generator, observe, began, near=near, scaled=scaled
         )
     except KeyboardInterrupt:
         if not records:  # nothing is lost
@@ -347,16 +350,17 @@ def check_bounds(tol: float, max_iterations: int, max_seconds: float | None) -> 
         raise ValueError(f"max_seconds={max_seconds} was given, a positive number is expected")
 
 
-def _notes(objective: Objective, outcome: Outcome) -> tuple[str, ...]:
+def _notes(outcome: Outcome) -> tuple[str, ...]:
     """Null directions that were dropped, by block and in the readout."""
-    notes = []
+    notes, objective = [], outcome.point.objective
+    seen, rows = objective.measured.n_rows, objective.problem.n_rows
+    what = "carry no data: the parameters were left as they were along them"
+    if seen < rows:
+        what = f"carry no data in {seen} of {rows} rows, which tell the scale of the inputs"
     fitted = len(objective.left) - objective.layout.held
     for left, block in zip(objective.left[:fitted], objective.layout.blocks, strict=False):
         if left.nullity:
-            notes.append(
-                f"{left.nullity} of {block.rows} input directions of {block.name} carry no data: "
-                "the parameters were left as they were along them"
-            )
+            notes.append(f"{left.nullity} of {block.rows} input directions of {block.name} {what}")
     readout = outcome.point.readout
     if outcome.point.rank < readout.shape[0]:
         notes.append(

@@ -48,23 +48,25 @@ from attnreg.solvers.minibatches import (
     stride,
 )
 from attnreg.solvers.run import Settings, counted_on
+from attnreg.solvers.steepest import ScaledBatches
 from attnreg.solvers.stochastic import CLEARLY, Stochastic, steps_of_iteration
 
-SHARE = 0.25
-"""Of the time, or of the iterations, for the layer with more heads."""
+SHARE, MOST_SHARE = 0.25, 0.35
+"""Of the time, or of the iterations, for the layer with more heads; of the time up to the second
+where :data:`USEFUL_STEPS` take so long."""
 
-FEWEST_STEPS, MOST_STEPS = 130, 300
-"""Steps of the layer with more heads, rounded up to epochs: after more its groups change little.
-Where there is no room for the fewest it is not tried: in a shorter fit what is left of the time
-after it, and after the fits of pairs, is worth more before."""
+FEWEST_STEPS, USEFUL_STEPS, MOST_STEPS = 110, 140, 300
+"""Steps of the layer with more heads, rounded up to epochs: after more its groups change little,
+after fewer its heads are still alike in the groups that they were copied from. Where there is no
+room for the fewest it is not tried."""
 
 UNEXPLAINED, CHECKED_ROWS = 0.25, 2048
 """Share of the targets' spread that heads of use leave at most, and rows on which that is seen."""
 
-PAIRS_SHARE = 0.08
-"""Of the time for the steps of the fits of pairs, at most."""
+PAIRS_SHARE, PAIR_STEPS = 0.14, 30
+"""Of the time for the steps of the fits of pairs, at most, and how many they are at most."""
 
-GRADIENTS = 1.25
+GRADIENTS = 2.0
 """Gradients of a mini-batch in the time of a step with a held readout."""
 
 POOLED_ROWS = 4096
@@ -83,12 +85,14 @@ class Lift:
         near: Whether it explains a tenth of the targets' spread with the readout it came with.
         note: What was done.
         status: That of a fit which is to end here: it was interrupted, or asked to stop.
+        scaled: The data's mini-batches, which the fit goes on with.
     """
 
     point: Pooled
     near: bool
     note: str
     status: Status | None
+    scaled: ScaledBatches
 
 
 def lifted(
@@ -143,32 +147,35 @@ def lifted(
         held=readout,
     )
     status, theta = loop.lead()
-    del loop  # its copy of the inputs
+    scaled = loop.scaled
     objective.count_passes(more.passes - objective.passes)
     heads = f"a layer with {model.heads} key/value heads, fitted first,"
     if status in (Status.INTERRUPTED, Status.STOPPED):
-        return Lift(begin, False, f"{heads} was cut short", status)
+        return Lift(begin, False, f"{heads} was cut short", status, scaled)
     if status in (Status.CONVERGED, Status.DIVERGED):
-        return Lift(begin, False, f"{heads} was no help: {_WHY[status]}", None)
+        return Lift(begin, False, f"{heads} was no help: {_WHY[status]}", None, scaled)
     checked = Pooled(more, spread(begin.batches, CHECKED_ROWS), theta)
     if not checked.loss_at(readout) <= UNEXPLAINED * more.target_norm_squared:
-        return Lift(begin, False, f"{heads} was no help: it explains little", None)
+        return Lift(begin, False, f"{heads} was no help: it explains little", None, scaled)
     found = wide.join(problem, theta, readout, copied)
     limit = settings.max_seconds
     bound = None if limit is None else PAIRS_SHARE * limit
     try:
         some = sample(problem, ROWS)
-        lost = pair_losses(some, wide, found, model, max_seconds=bound, hurried=True)
+        lost = pair_losses(
+            some, wide, found, model, steps=PAIR_STEPS, max_seconds=bound, hurried=True
+        )
     except torch.linalg.LinAlgError:
-        return Lift(begin, False, f"{heads} was no help: a fit of two heads has no readout", None)
+        why = "a fit of two heads has no readout"
+        return Lift(begin, False, f"{heads} was no help: {why}", None, scaled)
     members = clusters(lost.cpu(), groups)
     weights = grouped_start(sample(problem, POOLED_ROWS), wide, found, model, members)
     theta, readout = model.split(problem, weights)
     start = sampled(objective, theta)
     if not start.value <= CLEARLY * begin.value:
-        return Lift(begin, False, f"{heads} led to no better start", None)
+        return Lift(begin, False, f"{heads} led to no better start", None, scaled)
     note = f"the start was made of {heads} its heads grouped by fits of pairs"
-    return Lift(start, start.explains(readout), note, None)
+    return Lift(start, start.explains(readout), note, None, scaled)
 
 
 def _wider(objective: Objective) -> MultiHead | None:
@@ -200,10 +207,11 @@ def _bounds(
     seconds = None
     if settings.max_seconds is not None:
         spent = time.perf_counter() - began
-        seconds = spent + SHARE * (settings.max_seconds - spent)
         step = GRADIENTS * _seconds_of_gradient(more, batches[len(batches) // 2], theta, readout)
-        if seconds - spent < FEWEST_STEPS * step:
+        left = settings.max_seconds - spent
+        if FEWEST_STEPS * step > MOST_SHARE * left:
             return None
+        seconds = spent + min(max(SHARE * left, USEFUL_STEPS * step), MOST_SHARE * left)
     return replace(settings, max_iterations=epochs, max_seconds=seconds)
 
 

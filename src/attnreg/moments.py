@@ -83,6 +83,22 @@ def sum_of_rows(rows: Iterable[Tensor], weights: Iterable[Tensor] | None = None)
     return torch.stack(parts).sum(0)
 
 
+def sum_of_squares(rows: Iterable[Tensor], weights: Iterable[Tensor] | None = None) -> float:
+    """``sum_i w_i ||a_i||^2`` over the rows of matrices, in float64.
+
+    Args:
+        rows: Matrices (n, d), at least one.
+        weights: Weights (n,) of their rows; ones if None.
+
+    Returns:
+        The sum.
+    """
+    sizes = [torch.linalg.vector_norm(a, dim=1, dtype=torch.float64).square() for a in rows]
+    if weights is not None:
+        sizes = [w.double() * size for w, size in zip(weights, sizes, strict=True)]
+    return float(torch.cat(sizes).sum())
+
+
 def spread_and_size(targets: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[float, float]:
     """``sum_j w_j ||b_j - mean||^2`` and ``sum_j w_j ||b_j||^2`` over all rows b_j.
 

@@ -42,6 +42,9 @@ class Objective:
     Args:
         problem: The data.
         model: What is fitted.
+        measured: Whose inputs' second moments stand for those of ``problem``: some of its
+            sequences, which will do for coordinates and norms where there are no ridges. All
+            sequences if None.
 
     Attributes:
         layout: Sizes of the model on the problem.
@@ -52,8 +55,11 @@ class Objective:
         operations: Operations of everything done with this objective.
     """
 
-    def __init__(self, problem: AttentionProblem, model: Model) -> None:
+    def __init__(
+        self, problem: AttentionProblem, model: Model, measured: AttentionProblem | None = None
+    ) -> None:
         self.problem, self.model = problem, model
+        self.measured = problem if measured is None else measured
         self.layout = model.layout(problem)
         self.ridge = model.ridge(problem)
         targets = [batch.B.flatten(0, 1) for batch in problem.batches]
@@ -68,7 +74,7 @@ class Objective:
     @cached_property
     def left(self) -> list[LeftFactor]:
         """Mean second moments of the inputs of the parameter blocks, decomposed."""
-        moments = self.model.input_moments(self.problem)
+        moments = self.model.input_moments(self.measured)
         return [LeftFactor.of(moment, self.problem.dtype) for moment in moments]
 
     @property
@@ -94,6 +100,15 @@ class Objective:
         other.model, other.layout = model, model.layout(self.problem)
         other.ridge = model.ridge(self.problem)
         other._passes, other._points = self.passes, []
+        return other
+
+    def measured_whole(self) -> Objective:
+        """The same with the second moments of all sequences; counts as with another model."""
+        if self.measured is self.problem:
+            return self
+        other = copy.copy(self)
+        other.__dict__.pop("left", None)
+        other.measured, other._passes, other._points = self.problem, self.passes, []
         return other
 
     def features(self, theta: Tensor) -> Features:

@@ -32,7 +32,13 @@ from torch import Tensor
 from attnreg.arrays import Array, Arrays, Structure, as_number, dtype_name, join
 from attnreg.batching import Batch, Sequences, make_batches
 from attnreg.masks import Mask
-from attnreg.moments import gram, grams_about_means, spread_and_size, sum_of_rows
+from attnreg.moments import (
+    gram,
+    grams_about_means,
+    spread_and_size,
+    sum_of_rows,
+    sum_of_squares,
+)
 from attnreg.packing import as_arguments, as_mask_argument, pack, unpack
 from attnreg.storage import content_digest, read_tensors, write_tensors
 from attnreg.validation import as_center, as_device, as_problem_sequences
@@ -264,15 +270,16 @@ class AttentionProblem:
 
         Kept as numbers: a mini-batch that asked a device for one would wait for its answer.
         """
-        moments = {
-            "query": (self.gram_query, self.total_weight),
-            "key": (self.gram_key, self.n_keys),
-            "value": (self.gram_value, self.n_keys),
+        given = self._sequences
+        key = sum_of_squares(given.A2)
+        value = key if given.A3 is given.A2 else sum_of_squares(given.A3)
+        query = key if self._queries_are_keys else sum_of_squares(given.A1, given.weights)
+        sums = {
+            "query": (query, self.total_weight * self.d_query),
+            "key": (key, self.n_keys * self.d_key),
+            "value": (value, self.n_keys * self.d_value),
         }
-        return {
-            name: (float(moment.trace()) / rows / len(moment)) ** 0.5
-            for name, (moment, rows) in moments.items()
-        }
+        return {name: (total / entries) ** 0.5 for name, (total, entries) in sums.items()}
 
     @cached_property
     def _key_moments(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,7 +3,8 @@
 import torch
 
 from attnreg.problem import AttentionProblem
-from attnreg.reduction.sampling import sample
+from attnreg.reduction import sampling
+from attnreg.reduction.sampling import sample, sample_for_moments
 from tests.twins import normal
 
 
@@ -43,3 +44,12 @@ def positions(few, problem):
     same = (few.batches[0].A1[:, None] == problem.batches[0].A1).all(dim=(2, 3))
     assert bool((same.sum(1) == 1).all())
     return same.int().argmax(1).tolist()
+
+
+def test_moments_are_those_of_some_rows_a_column_and_of_all_with_ridges(monkeypatch):
+    problem = numbered(64)
+    assert sample_for_moments(problem) is not problem
+    assert sample_for_moments(problem).n_rows == 120  # 40 for each of 3 columns
+    assert sample_for_moments(problem.replace(ridge_y=0.1)).n_rows == 640
+    monkeypatch.setattr(sampling, "MOMENT_ROWS", 1000)
+    assert sample_for_moments(problem) is problem

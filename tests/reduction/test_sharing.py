@@ -131,8 +131,25 @@ def test_steps_lower_the_losses(kind):
 
 def test_a_bound_on_the_time_takes_no_steps_where_it_is_short():
     given = case()
+    expected = sharing_losses(*given, steps=0, hurried=True)
+    assert bool((expected > 0.0).all())
     found = sharing_losses(*given, max_seconds=1e-9, hurried=True)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0.0)
+    # The starts are looked at on all mini-batches, in a hurry the ends on every other.
+    found = sharing_losses(*given, max_seconds=1e-9)
     torch.testing.assert_close(found, sharing_losses(*given, steps=0), rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_losses_of_every_other_mini_batch_are_those_of_its_rows():
+    problem, original, pairs, members = case()
+    fits = PairFits(problem, original, pairs, members)
+    kept = fits._batches
+    assert len(kept) > 3
+    found, whole = fits.losses(every=2), fits.losses()
+    fits._batches = kept[::2]
+    torch.testing.assert_close(found, fits.losses(), rtol=1e-12, atol=0.0)
+    assert bool((found < whole).all())
 
 
 @pytest.mark.parametrize("bound", [None, 30.0, 0.05])
@@ -229,7 +246,7 @@ def test_losses_in_single_precision_are_those_in_double(offset):
     problem = AttentionProblem(A1, targets)
     single = AttentionProblem([a.float() for a in A1], [b.float() for b in targets])
     given = {name: w.float() for name, w in weights.items()}
-    no_steps = {"max_seconds": 0.0, "hurried": True}
+    no_steps = {"max_seconds": 0.0}
     expected = pair_losses(problem, teacher, weights, student, **no_steps)
     found = pair_losses(single, teacher, given, student, **no_steps)
     # Rounding of the inputs by 6e-8 of an offset of 30 is 2e-6 of what varies.

@@ -58,7 +58,7 @@ class BlockSolver:
 def natural_metric(point: Iterate) -> BlockSolver:
     """The metric of the stopping test at a point (see ``Model.natural_metric``)."""
     objective = point.objective
-    right = objective.model.natural_metric(objective.problem, point.theta, point.readout)
+    right = objective.model.natural_metric(objective.measured, point.theta, point.readout)
     return BlockSolver(objective, right)
 
 

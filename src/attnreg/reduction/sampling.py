@@ -1,4 +1,4 @@
-"""Some sequences of a problem, for what needs no more: starts and the fits of pairs."""
+"""Some sequences of a problem, for what needs no more: moments, starts and the fits of pairs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,25 @@ import itertools
 import random
 
 from attnreg.problem import AttentionProblem
+
+MOMENT_ROWS = 40
+"""Rows a column that tell the second moments of inputs: their eigenvalues to a third at the ends of
+the spectrum, where steps are scaled by the fifth root."""
+
+
+def sample_for_moments(problem: AttentionProblem) -> AttentionProblem:
+    """As many sequences as tell the second moments of the inputs.
+
+    Args:
+        problem: The problem.
+
+    Returns:
+        The problem of these; the given one where it has no more, or has ridges, which are defined
+        by the moments of all.
+    """
+    if problem.ridge_x or problem.ridge_y:
+        return problem
+    return sample(problem, MOMENT_ROWS * max(problem.d_query, problem.d_key, problem.d_value))
 
 
 def sample(problem: AttentionProblem, rows: int) -> AttentionProblem:

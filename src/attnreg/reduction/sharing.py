@@ -73,6 +73,7 @@ def pair_losses(
     weights: Mapping[str, Tensor],
     student: MultiHead,
     *,
+    steps: int = STEPS,
     max_seconds: float | None = None,
     hurried: bool = False,
 ) -> Tensor:
@@ -83,6 +84,7 @@ def pair_losses(
         teacher: Description of the original layer.
         weights: Its weights.
         student: Description of the layer wanted; how many heads it has does not matter.
+        steps: Of each fit, at most.
         max_seconds: Bound on the time of the fits.
         hurried: As in :func:`sharing_losses`.
 
@@ -106,7 +108,7 @@ def pair_losses(
     members = [group.heads for group in groups]
     original = teacher, weights
     losses = sharing_losses(
-        problem, original, begun, members, max_seconds=max_seconds, hurried=hurried
+        problem, original, begun, members, steps=steps, max_seconds=max_seconds, hurried=hurried
     )
     result = losses.new_zeros(kv_heads, kv_heads)
     for (a, b), loss in zip(pairs, losses, strict=True):
@@ -179,8 +181,8 @@ def sharing_losses(
         steps: Of each fit.
         max_seconds: Bound on the time of all steps; with fewer steps losses are less like those of
             a fit.
-        hurried: Whether the starts are not looked at, which takes as long as ten steps: pairs that
-            lose nothing at their start have a loss then.
+        hurried: Whether the starts are not looked at, which takes as long as ten steps, and the
+            ends on every other mini-batch: pairs that lose nothing at their start have a loss then.
 
     Returns:
         The sum of squares that each pair leaves, float64.
@@ -196,7 +198,7 @@ def sharing_losses(
         fits = PairFits(problem, original, part, members[chosen.start : chosen.stop])
         before = None if hurried else fits.losses()
         fits.run(steps, math.inf if max_seconds is None else max_seconds / len(parts))
-        after = fits.losses()
+        after = fits.losses(every=2 if hurried else 1)
         losses.append(after if before is None else torch.minimum(before, after))
     return torch.cat(losses)
 
@@ -303,14 +305,17 @@ class PairFits:
         back = residual @ readout[:, :width].mT
         return features.vjp(back.transpose(0, 1).flatten(1))
 
-    def losses(self) -> Tensor:
+    def losses(self, every: int = 1) -> Tensor:
         """The sum of squares of each pair with its best readout.
+
+        Args:
+            every: Of so many mini-batches one.
 
         Returns:
             Float64 ``(pairs,)``; of long sequences over the rows that a step reads, scaled to all.
         """
         gram = right = square = torch.zeros((), dtype=torch.float64, device=self.theta.device)
-        for batch in self._batches:
+        for batch in self._batches[::every]:
             batch = batch.every(stride(batch.B.shape[1]), 0)
             features = features_of(self._objective, batch, self.theta, products=False)
             own, targets = (side.double() for side in self._sides(features, batch))

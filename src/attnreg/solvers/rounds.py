@@ -15,6 +15,7 @@ import torch
 from attnreg.records import Callback, IterationRecord, Status
 from attnreg.solvers.minibatches import Pooled
 from attnreg.solvers.run import Outcome, Settings, counted_on
+from attnreg.solvers.steepest import ScaledBatches
 from attnreg.solvers.stochastic import Stochastic
 from attnreg.solvers.trust_region import TrustRegion
 
@@ -33,6 +34,7 @@ def rounds_then_curvature(
     began: float,
     *,
     near: bool,
+    scaled: ScaledBatches | None = None,
 ) -> tuple[Outcome, str | None]:
     """Runs rounds of mini-batches, and the trust region once a round has gained little.
 
@@ -43,6 +45,7 @@ def rounds_then_curvature(
         observe: Called with each record, iterations counted on.
         began: ``time.perf_counter()`` from which seconds are counted.
         near: Whether the start is near, for all rounds (:class:`.stochastic.Stochastic`).
+        scaled: Of a run on the same data before.
 
     Returns:
         Where it ended, and why curvature went on; None where it did not.
@@ -56,9 +59,10 @@ def rounds_then_curvature(
     before = None
     while True:
         bounds, counted = left(epochs), counted_on(observe, records)
-        outcome = Stochastic(
-            point, bounds, generator, counted, began, near=near, hurried=False
-        ).run()
+        loop = Stochastic(
+            point, bounds, generator, counted, began, near=near, hurried=False, scaled=scaled
+        )
+        outcome, scaled = loop.run(), loop.scaled
         assert isinstance(outcome.point, Pooled)
         before = records[0].regularised if before is None else before
         point, value = outcome.point, outcome.point.regularised
@@ -68,10 +72,12 @@ def rounds_then_curvature(
         if value >= (1 - PAYS) * before:
             break
         before, epochs = value, 2 * epochs
+    loop.scaled.batches.clear()  # the copy of the inputs, whoever holds it: curvature needs none
     gain = f"{1 - value / before:.1%}" if before > 0.0 else "nothing"
     reason = (
         f"'trust-region' went on after {done} epochs of mini-batches: the last {last} lowered the "
         f"objective by {gain}"
     )
     bounds, counted = left(settings.max_iterations), counted_on(observe, records)
-    return TrustRegion(objective, point.theta, bounds, generator, counted, began).run(), reason
+    exact = objective.measured_whole()
+    return TrustRegion(exact, point.theta, bounds, generator, counted, began).run(), reason

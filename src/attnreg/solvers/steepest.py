@@ -17,7 +17,8 @@ than a tenth of a gradient.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,10 +63,13 @@ class ScaledInputs:
         objective: Gives the blocks and their inputs' second moments. Inputs that are the same
             tensor have the same coordinates, those of the first block that reads them.
         power: Of the second moment.
+
+    Attributes:
+        power: As given.
     """
 
     def __init__(self, objective: Objective, power: float = SCALED) -> None:
-        self._blocks = objective.layout.blocks
+        self._blocks, self.power = objective.layout.blocks, power
         batch = objective.problem.batches[0]
         self._dtype, self._device = batch.B.dtype, batch.B.device
         shared: dict[int, _Basis] = {}
@@ -78,6 +82,12 @@ class ScaledInputs:
                 width = inputs.shape[2]
                 shared[id(inputs)] = _basis(left.matrix[:width, :width], power)
             self._names[block.inputs] = shared[id(inputs)]
+
+    def under(self, objective: Objective) -> ScaledInputs:
+        """The same coordinates for another model of the same inputs."""
+        other = copy(self)
+        other._blocks = objective.layout.blocks
+        return other
 
     def batch(self, batch: Batch) -> Batch:
         """The batch with its inputs times ``T``; inputs that are one tensor stay one."""
@@ -123,6 +133,19 @@ class ScaledInputs:
                 matrix = torch.cat([change(basis, matrix[:width]), matrix[width:]])
             parts.append(matrix.reshape(-1))
         return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class ScaledBatches:
+    """Mini-batches with scaled inputs, a second copy of these: runs on the same data share it.
+
+    Attributes:
+        inputs: The coordinates.
+        batches: The mini-batches.
+    """
+
+    inputs: ScaledInputs
+    batches: list[Batch]
 
 
 def _basis(moment: Tensor, power: float) -> _Basis:

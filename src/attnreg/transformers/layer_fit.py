@@ -17,7 +17,7 @@ from attnreg.models import MultiHead
 from attnreg.objective import Objective
 from attnreg.problem import AttentionProblem
 from attnreg.records import IterationRecord, Status
-from attnreg.reduction.sampling import sample
+from attnreg.reduction.sampling import sample, sample_for_moments
 from attnreg.reduction.sharing import ROWS
 from attnreg.reduction.starts import best_start
 from attnreg.result import relative_error
@@ -126,7 +126,7 @@ def fit_layer(
             progress(record.iteration, problem.relative_error(record.loss))
 
     found = held_out_fit(
-        Objective(problem, model),
+        Objective(problem, model, sample_for_moments(problem)),
         best.unsolved if scarce(problem, best.weights) else best.weights,
         validation,
         bounds=Bounds(max_iterations, max_seconds),
