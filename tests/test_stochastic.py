@@ -284,6 +284,38 @@ def test_a_short_run_from_a_near_start_has_a_higher_rate_with_enough_data(
 
 
 @pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize("bound", [60.0, None])
+@pytest.mark.parametrize("will_do", [True, False])
+def test_time_is_set_aside_for_an_end_as_it_will_be_summed(monkeypatch, will_do, bound):
+    monkeypatch.setattr(minibatches, "SAMPLE_ROWS", 60)
+    monkeypatch.setattr(stochastic, "SAMPLE_ROWS", 60)
+    made = []
+
+    class Timed(Pooled):
+        def __init__(self, objective, batches, theta, *, single=False):
+            super().__init__(objective, batches, theta, single=single)
+            made.append(single)
+            self.seconds = len(batches) * 0.25
+
+    monkeypatch.setattr(stochastic, "Pooled", Timed)
+    problem, start = planted()
+    objective = Objective(problem, MODEL)
+    point = minibatches.sampled(objective, MODEL.split(problem, start)[0])
+    point.seconds = len(point.batches) * 1.0
+    point.__dict__["single_will_do"] = will_do
+    settings, generator = Settings(1e-12, 1, bound), torch.Generator().manual_seed(0)
+    run = Stochastic(point, settings, generator, lambda _: None, 0.0, near=False)
+    single = will_do and bound is not None
+    assert made == [True] * single
+    whole = len(run._batches) * (0.25 if single else 1.0)
+    assert run._reserve == pytest.approx(len(point.batches) + whole)
+    held = Stochastic(
+        point, settings, generator, lambda _: None, 0.0, near=False, held=point.readout
+    )
+    assert held._reserve == 0.0  # it makes no end
+
+
+@pytest.mark.usefixtures("small_batches")
 def test_runs_on_the_same_data_share_scaled_inputs():
     problem, start = planted()
     first = loop(problem, start)

@@ -153,7 +153,8 @@ class Stochastic:
             with the readout that was given with it.
         hurried: Whether a short run has a higher rate; not where other runs go on from its end.
         phase: Of the records of its epochs.
-        held: A readout that stays as it is; one that runs after the features otherwise.
+        held: A readout that stays as it is, for :meth:`lead`; one that runs after the features
+            otherwise.
         scaled: Those of another run on the same data, which are shared where they suit.
 
     Attributes:
@@ -203,7 +204,7 @@ class Stochastic:
             rates, momentum = held_rates(fitted), HELD_MOMENTUM
         self._steepest = Steepest(self._inputs, self._start.theta, blocks, rates, momentum)
         self._steps, self._rows, self._began = 0, 0, time.perf_counter()
-        self._reserve = self._seconds_of_end()
+        self._reserve = 0.0 if self._held else self._seconds_of_end()
 
     def run(self) -> Outcome:
         """Runs until a bound is met.
@@ -221,7 +222,6 @@ class Stochastic:
         Returns:
             The status, and ``theta`` where the steps led, whatever its loss.
         """
-        self._reserve = 0.0
         status = self._until_bound()
         return status, self._inputs.leave(self._theta)
 
@@ -242,15 +242,14 @@ class Stochastic:
         return len(self._start.batches) < len(self._batches)
 
     def _seconds_of_end(self) -> float:
-        """Estimated: of all rows, and of the sample that is looked at before."""
-        start, chosen = self._start, self._start.batches
+        """Estimated: of all rows, summed as they will be, and of the sample looked at before."""
+        start = some = self._start
         if not self._sampled:
             return start.seconds
-        again = start.seconds
-        if start.single_will_do:
-            chosen = spread(chosen, SAMPLE_ROWS // 2)
-            start = Pooled(self._objective, chosen, start.theta, single=True)
-        return again + len(self._batches) * start.seconds / len(chosen)
+        if self._settings.max_seconds is not None and start.single_will_do:
+            chosen = spread(start.batches, SAMPLE_ROWS // 2)
+            some = Pooled(self._objective, chosen, start.theta, single=True)
+        return start.seconds + len(self._batches) * some.seconds / len(some.batches)
 
     def _end(self) -> Pooled:
         """The lower of the start and of where the steps led, each with its best readout.
