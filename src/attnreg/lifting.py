@@ -85,7 +85,7 @@ class Lift:
         near: Whether it explains a tenth of the targets' spread with the readout it came with.
         note: What was done.
         status: That of a fit which is to end here: it was interrupted, or asked to stop.
-        scaled: The data's mini-batches, which the fit goes on with.
+        scaled: The mini-batches with scaled inputs, which the fit goes on with.
     """
 
     point: Pooled
@@ -150,13 +150,17 @@ def lifted(
     scaled = loop.scaled
     objective.count_passes(more.passes - objective.passes)
     heads = f"a layer with {model.heads} key/value heads, fitted first,"
+
+    def given_up(why: str, status: Status | None = None) -> Lift:
+        return Lift(begin, False, f"{heads} {why}", status, scaled)
+
     if status in (Status.INTERRUPTED, Status.STOPPED):
-        return Lift(begin, False, f"{heads} was cut short", status, scaled)
+        return given_up("was cut short", status)
     if status in (Status.CONVERGED, Status.DIVERGED):
-        return Lift(begin, False, f"{heads} was no help: {_WHY[status]}", None, scaled)
+        return given_up(f"was no help: {_WHY[status]}")
     checked = Pooled(more, spread(begin.batches, CHECKED_ROWS), theta)
     if not checked.loss_at(readout) <= UNEXPLAINED * more.target_norm_squared:
-        return Lift(begin, False, f"{heads} was no help: it explains little", None, scaled)
+        return given_up("was no help: it explains little")
     found = wide.join(problem, theta, readout, copied)
     limit = settings.max_seconds
     bound = None if limit is None else PAIRS_SHARE * limit
@@ -166,14 +170,13 @@ def lifted(
             some, wide, found, model, steps=PAIR_STEPS, max_seconds=bound, hurried=True
         )
     except torch.linalg.LinAlgError:
-        why = "a fit of two heads has no readout"
-        return Lift(begin, False, f"{heads} was no help: {why}", None, scaled)
+        return given_up("was no help: a fit of two heads has no readout")
     members = clusters(lost.cpu(), groups)
     weights = grouped_start(sample(problem, POOLED_ROWS), wide, found, model, members)
     theta, readout = model.split(problem, weights)
     start = sampled(objective, theta)
     if not start.value <= CLEARLY * begin.value:
-        return Lift(begin, False, f"{heads} led to no better start", None, scaled)
+        return given_up("led to no better start")
     note = f"the start was made of {heads} its heads grouped by fits of pairs"
     return Lift(start, start.explains(readout), note, None, scaled)
 

@@ -223,10 +223,10 @@ class Pooled:
         r"""Whether products of mini-batches in single precision lead to the same readout and loss.
 
         With unit roundoff ``u`` they change ``S``, the Gram matrix scaled to unit diagonal, by a
-        matrix of norm ``k u`` about, and the loss at the minimiser by some ``u ||B||_W^2`` and the
-        square of the former over the smallest eigenvalue of ``S``. So they do where that is
-        :data:`RESOLVED` times ``k u``, which tells the rank too, and the loss is not small beside
-        ``||B||_W^2``: :data:`SMALL` times that.
+        matrix of norm ``k u`` about (as a rule: no bound of the worst case), and the loss at the
+        minimiser by some ``u ||B||_W^2`` and the square of the former over the smallest eigenvalue
+        of ``S``. So they do where that is :data:`RESOLVED` times ``k u``, which tells the rank too,
+        and the loss is not small beside ``||B||_W^2``: :data:`SMALL` times that.
         """
         if self.theta.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest":
             return False
