@@ -107,7 +107,7 @@ def test_mini_batches_lower_the_loss_of_a_layer(peer):
 
 
 @pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16)])
-def test_muon_orthogonalises_as_torch_does_but_in_float32(shape):
+def test_muon_orthogonalises_as_torch_does_but_in_float32(shape, monkeypatch):
     """A step of bfloat16 is 0.4 %, and five iterations of three products add up some of them."""
     original = torch.optim._muon._zeropower_via_newtonschulz
     matrix, given = torch.randn(shape, generator=torch.Generator().manual_seed(0)), []
@@ -116,10 +116,22 @@ def test_muon_orthogonalises_as_torch_does_but_in_float32(shape):
     made = muon.orthogonalised(matrix, *arguments)
     assert made.dtype == torch.float32
     assert float((made - expected).norm()) <= 0.03 * float(expected.norm())
-    with muon._in_float32(torch.device("cpu")):
-        given.append(torch.optim._muon._zeropower_via_newtonschulz)
-    assert given == [muon.orthogonalised]
+    for faster in (True, False):
+        monkeypatch.setattr(muon, "float32_is_faster", lambda faster=faster: faster)
+        with muon._orthogonalisation(torch.device("cpu")):
+            given.append(torch.optim._muon._zeropower_via_newtonschulz)
+    assert given == [muon.orthogonalised, original]
     assert torch.optim._muon._zeropower_via_newtonschulz is original
+
+
+@pytest.mark.parametrize("seconds", [(2.0, 1.0), (1.0, 2.0)])
+def test_muon_orthogonalises_in_the_precision_whose_trial_is_faster(seconds, monkeypatch):
+    ways = muon.orthogonalised, muon._muon._zeropower_via_newtonschulz
+    taken = dict(zip(ways, seconds, strict=True))
+    monkeypatch.setattr(muon, "_seconds", lambda way, matrix: taken[way])
+    muon.float32_is_faster.cache_clear()
+    assert muon.float32_is_faster() == (seconds[0] < seconds[1])
+    muon.float32_is_faster.cache_clear()
 
 
 def test_a_dense_jacobian_that_is_too_large_is_not_built():

@@ -2,21 +2,28 @@
 
 Its update is scaled as AdamW's is ("match_rms_adamw"), so that the two share a rate. torch
 orthogonalises in bfloat16. A CPU without instructions for that takes 40 times as long for such a
-product as for one in float32: there the same iteration is done in float32.
+product as for one in float32, and one with them a sixth: the same iteration is done in float32
+where a trial says that it is faster.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.optim import _muon
 
 from benchmarks.peers.base import Peer, Problem, Recorder, Weights
 from benchmarks.peers.first_order import NEVER, PLANTED_RATES, Optimisers, descend, grid, label
 
+SIDE = 256
+COEFFICIENTS = (_muon.DEFAULT_A, _muon.DEFAULT_B, _muon.DEFAULT_C)
 RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 
 
@@ -35,7 +42,7 @@ class Muon:
 
     def solve(self, problem: Problem, start: Weights, recorder: Recorder) -> None:
         """See `Method.solve`."""
-        with _in_float32(next(iter(start.values())).device):
+        with _orthogonalisation(next(iter(start.values())).device):
             descend(problem, start, recorder, self._optimisers, self.batch)
 
     def _optimisers(self, weights: dict[str, Tensor]) -> Optimisers:
@@ -62,11 +69,29 @@ def orthogonalised(
     return x if wide else x.mT
 
 
-def _in_float32(device: torch.device) -> AbstractContextManager[object]:
-    """Has torch's Muon orthogonalise in float32 on a CPU."""
-    if device.type != "cpu":
+def _orthogonalisation(device: torch.device) -> AbstractContextManager[object]:
+    """Has torch's Muon orthogonalise in float32 on a CPU where that is faster."""
+    if device.type != "cpu" or not float32_is_faster():
         return nullcontext()
     return patch("torch.optim._muon._zeropower_via_newtonschulz", orthogonalised)
+
+
+@cache
+def float32_is_faster() -> bool:
+    """Whether a matrix of a layer's size takes longer in bfloat16 on this CPU; tried once."""
+    matrix = torch.randn(SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    in_float32, in_bfloat16 = orthogonalised, _muon._zeropower_via_newtonschulz
+    return _seconds(in_float32, matrix) < _seconds(in_bfloat16, matrix)
+
+
+def _seconds(orthogonalise: Callable[..., Tensor], matrix: Tensor) -> float:
+    """The least of three, as Muon calls it: the first may be slow."""
+    least = float("inf")
+    for _ in range(3):
+        began = time.perf_counter()
+        orthogonalise(matrix, COEFFICIENTS, _muon.DEFAULT_NS_STEPS, _muon.EPS)
+        least = min(least, time.perf_counter() - began)
+    return least
 
 
 PEERS = (
