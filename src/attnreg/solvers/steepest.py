@@ -183,7 +183,7 @@ class Steepest:
         self._momentum = torch.zeros_like(theta)
         self._scales = [inputs.scales(block) for block in blocks[: len(rates)]]
         self._lengths = [
-            rate * (float(_size(w)) or w.shape[0] ** -0.5)
+            rate * (float(_size(w.double())) or w.shape[0] ** -0.5)
             for rate, w in zip(rates, split_blocks(theta, blocks), strict=False)
         ]
 
@@ -203,12 +203,12 @@ class Steepest:
             step = polar_factors(directions[i], self._blocks[i].heads)
             size = _size(self._scales[i] * step)
             length = torch.where(size > 0.0, factor * rate / size, 0.0)
-            weights[i].addcmul_(step, length.to(step.dtype), value=-1.0)
+            weights[i].addcmul_(step, length, value=-1.0)
 
 
 def _size(matrix: Tensor) -> Tensor:
-    """Root mean square, a float64 scalar that is left on the device."""
-    return matrix.double().square().mean().sqrt()
+    """Root mean square, a scalar that is left on the device."""
+    return torch.linalg.vector_norm(matrix) / matrix.numel() ** 0.5
 
 
 def polar_factors(matrix: Tensor, heads: int) -> Tensor:
