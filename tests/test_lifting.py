@@ -104,6 +104,37 @@ def test_heads_that_share_one_are_found():
     assert lifted.relative_error < 0.05 < 0.2 < plain.relative_error
 
 
+def validated(**options):
+    """A validated fit of most of the sequences, the others judge."""
+    problem, start = layer()
+    fit, judge = (problem.subset(range(*part)) for part in ((0, 384), (384, SEQUENCES)))
+    result = attnreg.fit_validated(
+        fit, judge, STUDENT, init=start, max_iterations=ITERATIONS, **options
+    )
+    return result, start
+
+
+def test_a_fit_that_others_judge_goes_the_same_way():
+    result, _ = validated(max_seconds=60.0)
+    assert result.status is Status.VALIDATED
+    assert phases(result) == ["start", "lifted", "start", "stochastic"]
+    assert "validation error" in result.notes[0]
+    assert "grouped by fits of pairs" in result.notes[1]
+    assert result.relative_error < 0.05  # as above
+    counted = [record.iteration for record in result.history]
+    assert counted == sorted(counted)
+    assert counted[-1] == ITERATIONS
+
+
+def test_a_fit_that_others_judge_can_be_stopped_on_the_way():
+    result, start = validated(callback=lambda record: record.iteration == 2)
+    assert result.status is Status.STOPPED
+    assert phases(result) == ["start", "lifted"]
+    assert "was cut short" in result.notes[1]
+    for name, value in start.items():
+        assert torch.equal(result.parameters[name], value)
+
+
 KINDS = {
     "ragged, weighted, causal": (True, {}),
     "rotary, no biases": (False, {"bias": False, "rotary": Rotary((1.0,)), "head_dim": 3}),

@@ -14,7 +14,8 @@ squares from as many features as the layer is wide, then everything else. So
 
 The lowest validation error wins. From :data:`.choice.ENOUGH` residuals a weight on there is one
 run of mini-batches for all of the time and no ridge (trials in docs/theory.md; with less:
-`benchmarks/little_data.py`).
+`benchmarks/little_data.py`), from a better start first (:mod:`attnreg.lifting`) where the one given
+explains little.
 
 Everything but the clock's bound is decided by counted work.
 """
@@ -29,6 +30,7 @@ import torch
 
 from attnreg.fitting import check_bounds
 from attnreg.judging import Candidate, Judge, Stored, Weights, error_of, lowest
+from attnreg.lifting import lifted
 from attnreg.models import Model
 from attnreg.objective import Objective
 from attnreg.problem import AttentionProblem
@@ -75,12 +77,14 @@ class Chosen(Candidate):
             then; where it is finite.
         iterations: Over all rounds.
         status: :attr:`Status.VALIDATED`, or how it was cut short.
+        note: How a better start was made, or why not; empty where none was tried.
     """
 
     start_error: float = math.inf
     path: dict[str, float] = field(default_factory=dict)
     iterations: int = 0
     status: Status = Status.VALIDATED
+    note: str = ""
 
 
 def fit_validated(
@@ -98,7 +102,9 @@ def fit_validated(
     """Fits by mini-batches and takes the point with the lowest error on other sequences.
 
     For layers with few residuals (tokens times outputs) a weight, whose minimum is learnt by heart.
-    The validation error of the result is slightly optimistic: it is the least of several.
+    With many it goes the way of ``fit(solver="auto")``, by more key/value heads too where the start
+    explains little, and says how well it did on other sequences. The validation error of the result
+    is slightly optimistic: it is the least of several.
 
     Args:
         problem: The sequences to fit on, without ridges.
@@ -173,7 +179,7 @@ def fit_validated(
         tol=TOL,
         status=found.status,
         history=tuple(history),
-        notes=(f"{errors}; chosen: {chosen}",),
+        notes=(f"{errors}; chosen: {chosen}", *([found.note] if found.note else [])),
         seed=seed,
         scale=problem.scale,
         causal=problem.causal,
@@ -234,11 +240,17 @@ def held_out_fit(
     if judge.few:
         steps = FIRST_STEPS * judge.residuals**0.5
         epochs = math.ceil(steps / steps_of_iteration(judge.batches))
-    path, status, done, running = {}, Status.VALIDATED, 0, 0.0
+    path, status, done, running, lift = {}, Status.VALIDATED, 0, 0.0, None
     try:
-        while done < bounds.iterations:
+        if not (near or judge.few):
+            settings = Settings(TOL, bounds.iterations, available)
+            lift = lifted(point, start, settings, generator, observe, began, records)
+        if lift is not None:
+            point, near, status = lift.point, lift.near, lift.status or status
+            done = records[-1].iteration
+        while done < bounds.iterations and status is Status.VALIDATED:
             left = available - (time.perf_counter() - began)
-            if done and left <= 0:
+            if running and left <= 0:
                 break
             # What would be left for less than another such round, this one takes.
             pace = running / done if done else 0.0
@@ -247,11 +259,19 @@ def held_out_fit(
             settings, counted = Settings(TOL, epochs, available), counted_on(observe, records)
             entered = time.perf_counter()
             outcome = Stochastic(
-                point, settings, generator, counted, began, near=near, hurried=not done
+                point,
+                settings,
+                generator,
+                counted,
+                began,
+                near=near,
+                hurried=not running,
+                scaled=None if lift is None else lift.scaled,
             ).run()
+            first = not running
             running += time.perf_counter() - entered
             assert isinstance(outcome.point, Pooled)
-            first, done = not done, records[-1].iteration
+            done = records[-1].iteration
             looked = judge.look(judge.weights_of(outcome.point), 1.0, outcome.point)
             end = lowest(looked)
             if math.isfinite(end.error):
@@ -278,4 +298,5 @@ def held_out_fit(
         path=path,
         iterations=records[-1].iteration if records else 0,
         status=status,
+        note="" if lift is None else lift.note,
     )
