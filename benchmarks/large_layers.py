@@ -7,10 +7,10 @@ held-out error is on a third text, the docstrings of Python's standard library. 
 
 A peer tries each setting for a part of the time; those with the best validation error go on to the
 full time, and the best of these is its row. First-order peers have fused attention, mini-batches of
-4 or 16 sequences, four rates, and a cosine that ends with the time. Peers' weights are kept at
-fixed fractions of the time and scored off the clock, once as they are and once with W_O and b_O
+4 or 16 sequences, four rates or five, and a cosine that ends with the time. Peers' weights are kept
+at fixed fractions of the time and scored off the clock, once as they are and once with W_O and b_O
 solved in closed form on the calibration data, also off the clock: the better by validation counts.
-attnreg is fitted anew for each of these fractions and for three between them, since it is told its
+attnreg is fitted anew for each of these fractions and for five between them, since it is told its
 time beforehand; its readouts are on the clock, and its seconds are those that it took. Where
 residuals a weight are few it has two finalists, `fit`, and `fit_validated` with its judging on the
 clock. Tier large has one more fit of attnreg, given three times the time: no row, but what is left
@@ -58,7 +58,7 @@ from benchmarks.layer_problem import Bed, load_layer, medians, third_text
 from benchmarks.peers import OURS, Method, Peer, Trace, Validated, found, installed, run
 
 FRACTIONS = (0.05, 0.1, 0.2, 1 / 3, 2 / 3)  # of the time, beside its end
-OUR_FRACTIONS = (*FRACTIONS[:3], 1 / 4, FRACTIONS[3], 2 / 5, 1 / 2, FRACTIONS[4])
+OUR_FRACTIONS = tuple(sorted({*FRACTIONS, 0.15, 3 / 16, 1 / 4, 2 / 5, 1 / 2}))
 SCORED = ("calibration", "validation", "held_out")
 TARGETS = {"the best of Adam, AdamW and Muon": ("Adam", "AdamW", "Muon"), "SOAP": ("SOAP",)}
 LONGER = {"large": 3.0}  # times the time, for one more fit of attnreg

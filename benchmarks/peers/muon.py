@@ -24,7 +24,7 @@ from benchmarks.peers.first_order import NEVER, PLANTED_RATES, Optimisers, desce
 
 SIDE = 256
 COEFFICIENTS = (_muon.DEFAULT_A, _muon.DEFAULT_B, _muon.DEFAULT_C)
-RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 
 
 @dataclass(frozen=True)
