@@ -106,6 +106,10 @@ def plan_blocks(
                 yield Block(b0, min(b, b0 + sequences), g0, min(g, g0 + heads), n0, n1, m1, m0)
 
 
+_Sides = tuple[Tensor, Tensor]
+"""Two matrices whose product is the change of the logits."""
+
+
 class Attention:
     """The attention core of one batch at fixed queries, keys and values.
 
@@ -146,12 +150,10 @@ class Attention:
         self.bias, self.causal, self.window = bias, causal, window
         self.features = out
         self.values = _by_head(values, groups)
-        # The other half of each buffer receives the direction of a Jacobian product.
+        self._queries = _by_head(queries, groups, repeats).contiguous()
+        self._keys = _by_head(keys, groups)
+        self._sides: _Sides | None = None
         e = self.width
-        self._queries = queries.new_zeros((b, groups, repeats, n, 2 * e))  # [dQ Q]
-        self._keys = queries.new_zeros((b, groups, m, 2 * e))  # [K dK]
-        self._queries[..., e:].copy_(_by_head(queries, groups, repeats))
-        self._keys[..., :e].copy_(_by_head(keys, groups))
         shape = (b, groups, repeats, n, m)
         self.blocks = list(plan_blocks(shape, queries.element_size(), causal, window))
         self._entries = sum(map(self._entries_of, self.blocks))
@@ -165,9 +167,9 @@ class Attention:
     @property
     def kept(self) -> dict[str, list[Tensor]]:
         """What products read again: softmax matrices (or normalisers), queries, keys, values."""
-        e, softmax = self.width, self._normalisers if self._softmax is None else self._softmax
-        queries, keys = self._queries[..., e:], self._keys[..., :e]
-        return {"softmax": softmax, "queries": [queries], "keys": [keys], "values": [self.values]}
+        softmax = self._normalisers if self._softmax is None else self._softmax
+        queries, keys = [self._queries], [self._keys]
+        return {"softmax": softmax, "queries": queries, "keys": keys, "values": [self.values]}
 
     # ------------------------------------------------------------------ products
 
@@ -175,11 +177,11 @@ class Attention:
         """Writes the change of the features, ``(b, n, g * r * v)``, into ``out``."""
         widths = self.width, self.values.shape[-1]
         self._spend(widths[0] * (1 + (dk is not None)) + widths[1] * (1 + (dv is not None)))
-        self._set_direction(dq, dk)
+        sides = self._beside(dq, dk)
         dv_heads = None if dv is None else _by_head(dv, self.groups)
         for i, block in enumerate(self.blocks):
             s = self._matrix(i)
-            p, rho = self._logit_change(block, dk is not None)
+            p, rho = self._logit_change(sides, block)
             p.mul_(s)
             torch.sum(p, dim=-1, keepdim=True, out=rho)
             change = torch.bmm(p, self._key_side(self.values, block))
@@ -210,10 +212,10 @@ class Attention:
             s = self._matrix(i)
             u = self._read(cotangent, block)
             t = self._centred(u, block).mul_(s)  # E
-            keys = self._key_side(self._keys, block)[..., :e]
-            self._write(gq, block, torch.bmm(t, keys))
+            self._write(gq, block, torch.bmm(t, self._key_side(self._keys, block)))
             if gk is not None:
-                self._accumulate(gk, block, torch.bmm(t.mT, self._query_side(block)[..., e:]))
+                queries = self._query_side(self._queries, block)
+                self._accumulate(gk, block, torch.bmm(t.mT, queries))
             if gv is not None:
                 self._accumulate(gv, block, torch.bmm(s.mT, u))
         return gq, _rows(gk), _rows(gv)
@@ -240,14 +242,14 @@ class Attention:
         """
         e, v = self.width, self.values.shape[-1]
         self._spend(2 * (e + v) + 4 * e * (dk is not None) + 3 * v * (dv is not None))
-        self._set_direction(dq, dk)
+        sides = self._beside(dq, dk)
         dv_heads = None if dv is None else _by_head(dv, self.groups)
         hq, hk, hv = self._gradient_buffers(dk is not None, dv is not None)
         for i, block in enumerate(self.blocks):
             s = self._matrix(i)
             u, du = self._read(cotangent, block), self._read(cotangent_change, block)
             values = self._key_side(self.values, block)
-            dz, rho = self._logit_change(block, dk is not None)
+            dz, rho = self._logit_change(sides, block)
             torch.sum(s * dz, dim=-1, keepdim=True, out=rho)
             dz.sub_(rho)
             t = self._centred(u, block)
@@ -256,12 +258,12 @@ class Attention:
                 m.baddbmm_(u, self._key_side(dv_heads, block).mT)
             m.addcmul_(dz, t)
             m.sub_((s * m).sum(-1, keepdim=True)).mul_(s)  # dE
-            queries, keys = self._query_side(block), self._key_side(self._keys, block)
-            change = torch.bmm(m, keys[..., :e])
+            change = torch.bmm(m, self._key_side(self._keys, block))
             if hk is not None:
                 t.mul_(s)  # E
-                change.baddbmm_(t, keys[..., e:])
-                grad = torch.bmm(m.mT, queries[..., e:]).baddbmm_(t.mT, queries[..., :e])
+                change.baddbmm_(t, self._key_side(sides[1], block)[..., e:])
+                grad = torch.bmm(m.mT, self._query_side(self._queries, block))
+                grad.baddbmm_(t.mT, self._query_side(sides[0], block)[..., :e])
                 self._accumulate(hk, block, grad)
             if hv is not None:
                 grad = torch.bmm(s.mT, du).baddbmm_(dz.mul_(s).mT, u)
@@ -299,9 +301,8 @@ class Attention:
         return self._logits(self.blocks[index]).sub_(self._normalisers[index]).exp_()
 
     def _logits(self, block: Block) -> Tensor:
-        e = self.width
-        queries = self._query_side(block)[..., e:]
-        z = torch.bmm(queries, self._key_side(self._keys, block)[..., :e].mT)
+        queries = self._query_side(self._queries, block)
+        z = torch.bmm(queries, self._key_side(self._keys, block).mT)
         if self.bias is None and not self.causal:
             return z
         rows = block.n1 - block.n0
@@ -316,11 +317,8 @@ class Attention:
             full.masked_fill_(hidden_keys(query, key, self.window), float("-inf"))
         return z
 
-    def _logit_change(self, block: Block, keys_move: bool) -> tuple[Tensor, Tensor]:
-        e = self.width
-        queries, keys = self._query_side(block), self._key_side(self._keys, block)
-        if not keys_move:
-            queries, keys = queries[..., :e], keys[..., :e]
+    def _logit_change(self, sides: _Sides, block: Block) -> tuple[Tensor, Tensor]:
+        queries, keys = self._query_side(sides[0], block), self._key_side(sides[1], block)
         dz = torch.bmm(queries, keys.mT)
         return dz, dz.new_empty((dz.shape[0], dz.shape[1], 1))
 
@@ -331,14 +329,28 @@ class Attention:
 
     # ------------------------------------------------------------------ views
 
-    def _set_direction(self, dq: Tensor, dk: Tensor | None) -> None:
+    def _beside(self, dq: Tensor, dk: Tensor | None) -> _Sides:
+        """``[dQ Q]`` and ``[K dK]``; ``dQ`` and ``K`` where the keys are fixed."""
+        change = _by_head(dq, self.groups, self.repeats)
+        if dk is None:
+            return change.contiguous(), self._keys
         e = self.width
-        self._queries[..., :e].copy_(_by_head(dq, self.groups, self.repeats))
-        if dk is not None:
-            self._keys[..., e:].copy_(_by_head(dk, self.groups))
+        if self._sides is None:  # from now on queries and keys are halves of these
+            queries, keys = (
+                x.new_empty((*x.shape[:-1], 2 * e)) for x in (self._queries, self._keys)
+            )
+            self._queries, self._keys = (
+                queries[..., e:].copy_(self._queries),
+                keys[..., :e].copy_(self._keys),
+            )
+            self._sides = queries, keys
+        queries, keys = self._sides
+        queries[..., :e].copy_(change)
+        keys[..., e:].copy_(_by_head(dk, self.groups))
+        return queries, keys
 
-    def _query_side(self, block: Block) -> Tensor:
-        part = self._queries[block.b0 : block.b1, block.g0 : block.g1, :, block.n0 : block.n1]
+    def _query_side(self, heads: Tensor, block: Block) -> Tensor:
+        part = heads[block.b0 : block.b1, block.g0 : block.g1, :, block.n0 : block.n1]
         return part.reshape(-1, self.repeats * (block.n1 - block.n0), part.shape[-1])
 
     def _key_side(self, heads: Tensor, block: Block) -> Tensor:

@@ -134,8 +134,8 @@ class AttentionMoments(Attention):
         Returns:
             One sequence of ``len(rows)`` queries; its softmax matrix is not kept.
         """
-        e, m1 = self.width, int(rows[-1]) + 1 if self.causal else self._keys.shape[2]
-        queries = self._queries[sequence, :, 0, :, e:].index_select(1, rows)
+        m1 = int(rows[-1]) + 1 if self.causal else self._keys.shape[2]
+        queries = self._queries[sequence, :, 0].index_select(1, rows)
         bias = None
         if self.bias is not None:
             bias = self.bias[sequence : sequence + 1] if self.bias.shape[0] > 1 else self.bias
@@ -146,7 +146,7 @@ class AttentionMoments(Attention):
             hidden.masked_fill_(unseen, float("-inf"))
             bias = hidden if bias is None else bias + hidden
         out = queries.new_empty((1, len(rows), self.values.shape[-1]))
-        keys, values = self._keys[sequence, :, :m1, :e], self.values[sequence, :, :m1]
+        keys, values = self._keys[sequence, :, :m1], self.values[sequence, :, :m1]
         return AttentionMoments(
             queries,
             keys,
