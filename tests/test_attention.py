@@ -46,6 +46,36 @@ def test_features_and_jacobian_products(case, model):
     assert relative(found.vjp_derivative(direction, cotangent, moved), second + g2.detach()) < 1e-10
 
 
+@pytest.mark.parametrize("first", ["jvp", "vjp_derivative"])
+@pytest.mark.parametrize(("case", "model"), PAIRS)
+def test_room_for_a_direction_changes_no_other_product(case, model, first):
+    """It is made with the first product along one, and queries and keys move there."""
+    _, _, _, theta, _, found = made(case, model)
+    u = normal(len(found.both), found.layout.features, seed=4)
+    direction, products = normal(theta.numel(), seed=5), [found.vjp(u)]
+    if first == "jvp":
+        found.jvp(direction)
+    second = found.vjp_derivative(direction, u, u)
+    products.append(found.vjp(u))
+    # The same numbers in matrices of other strides: to rounding.
+    assert relative(products[1], products[0]) < 1e-13
+    found.jvp(-direction)
+    assert relative(found.vjp_derivative(direction, u, u), second) < 1e-13
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_keys_that_are_inputs_are_not_copied(case):
+    _, problem, _, theta, _, found = made(case, "bilinear")
+    direction, inputs_before = (
+        normal(theta.numel(), seed=5),
+        [b.A2.clone() for b in problem.batches],
+    )
+    found.jvp(direction)
+    for batch, keys, before in zip(problem.batches, found.kept["keys"], inputs_before, strict=True):
+        assert keys.data_ptr() == batch.A2.data_ptr()
+        assert torch.equal(batch.A2, before)
+
+
 @pytest.mark.parametrize(("case", "model"), PAIRS)
 def test_split_and_join_keep_the_layer(case, model):
     t, problem, parameters, theta, readout, found = made(case, model)

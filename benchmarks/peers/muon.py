@@ -22,7 +22,7 @@ from torch.optim import _muon
 from benchmarks.peers.base import Peer, Problem, Recorder, Weights
 from benchmarks.peers.first_order import NEVER, PLANTED_RATES, Optimisers, descend, grid, label
 
-SIDE = 256
+SIDE = 256  # of the matrix of the trial, a layer of a small model
 COEFFICIENTS = (_muon.DEFAULT_A, _muon.DEFAULT_B, _muon.DEFAULT_C)
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 

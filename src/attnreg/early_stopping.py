@@ -240,14 +240,15 @@ def held_out_fit(
     if judge.few:
         steps = FIRST_STEPS * judge.residuals**0.5
         epochs = math.ceil(steps / steps_of_iteration(judge.batches))
-    path, status, done, running, lift = {}, Status.VALIDATED, 0, 0.0, None
+    path, status, done, running = {}, Status.VALIDATED, 0, 0.0
+    note, scaled = "", None
     try:
         if not (near or judge.few):
             settings = Settings(TOL, bounds.iterations, available)
             lift = lifted(point, start, settings, generator, observe, began, records)
-        if lift is not None:
-            point, near, status = lift.point, lift.near, lift.status or status
-            done = records[-1].iteration
+            if lift is not None:
+                point, near, note, scaled = lift.point, lift.near, lift.note, lift.scaled
+                status, done = lift.status or status, records[-1].iteration
         while done < bounds.iterations and status is Status.VALIDATED:
             left = available - (time.perf_counter() - began)
             if running and left <= 0:
@@ -257,18 +258,10 @@ def held_out_fit(
             if 2 * epochs > bounds.iterations - done or 2 * epochs * pace > left:
                 epochs = bounds.iterations - done
             settings, counted = Settings(TOL, epochs, available), counted_on(observe, records)
-            entered = time.perf_counter()
+            entered, first = time.perf_counter(), not running
             outcome = Stochastic(
-                point,
-                settings,
-                generator,
-                counted,
-                began,
-                near=near,
-                hurried=not running,
-                scaled=None if lift is None else lift.scaled,
+                point, settings, generator, counted, began, near=near, hurried=first, scaled=scaled
             ).run()
-            first = not running
             running += time.perf_counter() - entered
             assert isinstance(outcome.point, Pooled)
             done = records[-1].iteration
@@ -298,5 +291,5 @@ def held_out_fit(
         path=path,
         iterations=records[-1].iteration if records else 0,
         status=status,
-        note="" if lift is None else lift.note,
+        note=note,
     )
