@@ -218,7 +218,9 @@ def _suite(content: dict[str, Any]) -> list[str]:
         best = min(times, key=lambda peer: times[peer])
         first += ours < times[best]
         cut_off += rows[OURS]["status"] == "TIME"
-        if times[best] < math.inf:
+        if ours == math.inf:
+            nearest.append(f"{label}, {name}: {best} is there, attnreg is not")
+        elif times[best] < math.inf:
             nearest.append(f"{label}, {name}: {best} at {times[best] / ours:.1f} times the seconds")
         lowest = case["best_loss"] / case["initial_loss"]
         planted = case["planted_loss"] / case["initial_loss"]

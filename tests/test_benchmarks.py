@@ -111,16 +111,19 @@ def test_the_figures_of_the_readme_come_from_the_results(tmp_path, monkeypatch):
     prose = " ".join(readme.split())
     counts = "suite {}: of ([0-9]+) cases first on ([0-9]+), cut off on ([0-9]+), peers on ([0-9]+)"
     bench, large = (re.search(counts.format(tier), text) for tier in ("bench", "large"))
-    assert f"on all of {bench[1]} cases" in prose
+    assert f"on {bench[2]} of {bench[1]} cases" in prose
     assert f"on all of {large[1]} larger ones" in prose
-    assert (bench[1], large[1]) == (bench[2], large[2])
+    assert large[1] == large[2]
+    lost = re.findall(r"suite bench.*: (\S+) is there, attnreg is not", text)
+    assert len(lost) == int(bench[1]) - int(bench[2])
+    assert all(f"on the other {peer} " in prose for peer in lost)
     assert f"On {bench[3]} and {large[3]} of them the clock" in prose
     assert f"Peers arrive on {bench[4]} of the former" in prose
     assert f"on {large[4]} of the latter" in prose
     suite = prose[prose.index("Peers arrive on") : prose.index("**Real layer**")]
     later = re.findall(r"suite .* at ([0-9.]+) times the seconds", text)
     above = re.findall(r"suite .*: lowest ([0-9.]+), planted ([0-9.]+), (\w+)", text)
-    assert len(later) == int(bench[4]) + int(large[4])
+    assert len(later) + len(lost) == int(bench[4]) + int(large[4])
     assert {status for *_, status in above} == {"time", "converged"}
     for figure in (*later, *(loss for *losses, _ in above for loss in losses)):
         assert re.search(rf"\b{re.escape(figure)}\b", suite), figure
